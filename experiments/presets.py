@@ -1,0 +1,295 @@
+"""The configuration of a whole run, and its presets."""
+
+import dataclasses
+from pathlib import Path
+
+from rlhf_jax.data.inputs import FilesConfig
+from rlhf_jax.data.simulation import SimulationConfig
+from rlhf_jax.nn.config import PUBLISHED_SIZES, TransformerConfig
+from rlhf_jax.nn.sampling import Sampling
+from rlhf_jax.stages.collect import CollectConfig
+from rlhf_jax.stages.evaluate import EvaluateConfig
+from rlhf_jax.stages.ppo_state import PPOConfig
+from rlhf_jax.stages.pretrain import PretrainConfig, TokenizerConfig
+from rlhf_jax.stages.reward_model import RewardModelConfig
+from rlhf_jax.stages.sft import SFTConfig
+from rlhf_jax.training.loop import LoopConfig
+from rlhf_jax.training.mesh import MeshConfig
+from rlhf_jax.training.optimizers import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InstructGPT:
+    """Text to a PPO-ptx policy and a report of what each stage changed."""
+
+    run: Path = Path("runs/instructgpt")
+    """Directory of the run; finished stages in it are skipped."""
+    data: Path | None = None
+    """Directory of text and JSON lines (README, "Your data"); None writes and uses the
+    embedded simulation."""
+    seed: int = 0
+    """Of everything random."""
+    files: FilesConfig = FilesConfig()
+    """Which files of the data directory are what."""
+    simulation: SimulationConfig = SimulationConfig()
+    """The embedded simulation, where `data` is None."""
+    mesh: MeshConfig = MeshConfig()
+    """How devices are used."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The run's tokenizer."""
+    pretrain: PretrainConfig = PretrainConfig()
+    """Pre-training."""
+    sft: SFTConfig = SFTConfig()
+    """The SFT model (InstructGPT: 16 epochs, chosen by reward)."""
+    sft_rl: SFTConfig = SFTConfig(num_epochs=2, pretrain_fraction=0.1)
+    """The initialisation of PPO and its reference (InstructGPT: 2 epochs, 10 %
+    pre-training data)."""
+    collect: CollectConfig = CollectConfig()
+    """Collecting rankings."""
+    reward_model: RewardModelConfig = RewardModelConfig()
+    """The reward model."""
+    ppo: PPOConfig = PPOConfig()
+    """PPO."""
+    ppo_ptx: PPOConfig = PPOConfig(ptx_coef=27.8)
+    """PPO with pre-training gradients."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Held-out evaluation."""
+
+
+def _adamw(learning_rate: float, **kwargs) -> OptimizerConfig:
+    return OptimizerConfig(learning_rate=learning_rate, **kwargs)
+
+
+def _ppo(ppo: PPOConfig, ptx: dict) -> dict[str, PPOConfig]:
+    return {"ppo": ppo, "ppo_ptx": dataclasses.replace(ppo, **ptx)}
+
+
+def embedded() -> InstructGPT:
+    """The simulated campaign on two CPU cores, in minutes.
+
+    Small models want higher learning rates, and a short run fewer episodes, than
+    InstructGPT's; what differs from its published constants is chosen here.
+    """
+    sampling = Sampling(response_len=48)
+    prompts = {"prompt_len": 48, "sampling": sampling}
+    ppo = PPOConfig(
+        num_iterations=50,
+        batch_size=128,
+        num_minibatches=8,
+        policy_optimizer=_adamw(
+            3e-4, schedule="constant", warmup_steps=10, warmup_fraction=0.1
+        ),
+        value_optimizer=_adamw(3e-4, schedule="constant"),
+        ema_decay=0.98,
+        missing_eos_score=-3.0,
+        ptx_len=96,
+        eval_prompts=128,
+        loop=LoopConfig(checkpoint_every=10, eval_every=25),
+        **prompts,
+    )
+    return InstructGPT(
+        run=Path("runs/instructgpt"),
+        tokenizer=TokenizerConfig(vocab_size=640),
+        pretrain=PretrainConfig(
+            model=TransformerConfig(
+                num_layers=4, model_dim=128, num_heads=4, max_len=192
+            ),
+            num_steps=900,
+            batch_size=16,
+            seq_len=128,
+            optimizer=_adamw(2e-3, warmup_steps=50, weight_decay=0.1),
+            loop=LoopConfig(checkpoint_every=150, eval_every=150),
+        ),
+        sft=SFTConfig(
+            num_epochs=16,
+            seq_len=96,
+            optimizer=_adamw(3e-4),
+            loop=LoopConfig(checkpoint_every=50),
+        ),
+        sft_rl=SFTConfig(
+            num_epochs=2,
+            seq_len=96,
+            pretrain_fraction=0.1,
+            optimizer=_adamw(1e-3),
+            loop=LoopConfig(checkpoint_every=50),
+        ),
+        collect=CollectConfig(prompt_len=144, sampling=sampling, batch_size=256),
+        reward_model=RewardModelConfig(
+            batch_size=16,
+            prompt_len=48,
+            response_len=48,
+            optimizer=_adamw(5e-4),
+            loop=LoopConfig(checkpoint_every=25, eval_every=25),
+        ),
+        **_ppo(ppo, {"ptx_coef": 1.0, "ptx_per_episode": 1}),
+        evaluate=EvaluateConfig(
+            prompt_len=144,
+            question_len=48,
+            sampling=sampling,
+            text_len=128,
+            batch_size=200,
+        ),
+    )
+
+
+def smoke() -> InstructGPT:
+    """Every stage in seconds: does it run? Its models have learned nothing."""
+    base = embedded()
+    replace = dataclasses.replace
+    loop = LoopConfig(checkpoint_every=2, eval_every=2)
+    ppo = replace(
+        base.ppo, num_iterations=2, batch_size=16, num_minibatches=2, loop=loop
+    )
+    ppo = replace(ppo, eval_prompts=16)
+    return replace(
+        base,
+        run=Path("runs/smoke"),
+        simulation=SimulationConfig(
+            num_documents=600,
+            num_valid_documents=40,
+            num_demonstrations=48,
+            num_valid_demonstrations=16,
+            num_ranking_prompts=32,
+            num_valid_ranking_prompts=16,
+            num_ppo_prompts=48,
+            num_eval_prompts=32,
+        ),
+        tokenizer=TokenizerConfig(vocab_size=512),
+        pretrain=replace(
+            base.pretrain,
+            model=TransformerConfig(
+                num_layers=2, model_dim=32, num_heads=2, max_len=192
+            ),
+            num_steps=12,
+            loop=loop,
+            eval_batches=2,
+        ),
+        sft=replace(base.sft, num_epochs=2, batch_size=16, loop=loop),
+        sft_rl=replace(base.sft_rl, num_epochs=2, batch_size=16, loop=loop),
+        collect=replace(base.collect, batch_size=32),
+        reward_model=replace(base.reward_model, loop=loop),
+        **_ppo(ppo, {"ptx_coef": 1.0, "ptx_per_episode": 1}),
+        evaluate=replace(base.evaluate, batch_size=32, text_batches=4),
+    )
+
+
+def gpu() -> InstructGPT:
+    """GPT-2 124M on one GPU, with InstructGPT's constants where it published them."""
+    sampling = Sampling(response_len=256)
+    prompts = {"prompt_len": 512, "sampling": sampling}
+    model = dataclasses.replace(PUBLISHED_SIZES["gpt2"], dtype="bfloat16", remat=True)
+    ppo = PPOConfig(num_microbatches=4, **prompts)
+    return InstructGPT(
+        run=Path("runs/gpu"),
+        files=REAL_FILES,
+        tokenizer=TokenizerConfig(vocab_size=32768),
+        pretrain=PretrainConfig(model=model, num_microbatches=16),
+        sft=SFTConfig(seq_len=768),
+        sft_rl=SFTConfig(
+            num_epochs=2,
+            seq_len=768,
+            pretrain_fraction=0.1,
+            optimizer=_adamw(1.04e-5),
+        ),
+        collect=CollectConfig(prompt_len=768, sampling=sampling),
+        reward_model=RewardModelConfig(
+            prompt_len=512, response_len=512, num_microbatches=16
+        ),
+        **_ppo(ppo, {"ptx_coef": 27.8, "ptx_len": 512}),
+        evaluate=EvaluateConfig(prompt_len=768, sampling=sampling),
+    )
+
+
+REAL_FILES = FilesConfig(
+    corpus=("corpus/*.txt*",),
+    demonstrations=("demonstrations/alpaca5k_*.jsonl*",),
+    rankings=(
+        "rankings/alpacaeval_k9_train.jsonl*",
+        "rankings/alpacaeval_k9_valid.jsonl*",
+        "rankings/alpacaeval_k9_test.jsonl*",
+        "rankings/ukp_convarg1_train.jsonl*",
+        "rankings/ukp_convarg1_valid.jsonl*",
+        "rankings/ukp_convarg1_test.jsonl*",
+    ),
+    comparisons=(),
+    ppo_prompts=("prompts/alpaca5k_ppo.jsonl*",),
+    eval_prompts=("demonstrations/alpaca5k_test.jsonl*",),
+)
+"""Alpaca demonstrations and prompts, AlpacaEval (K = 9) and UKPConvArg1 (K = 6-8)
+rankings; what is marked evaluation-only (`_test`) is read by evaluations alone."""
+
+
+def cpu() -> InstructGPT:
+    """Real text on two CPU cores, in half an hour. The models are small."""
+    sampling = Sampling(response_len=64)
+    prompts = {"prompt_len": 128, "sampling": sampling}
+    ppo = PPOConfig(
+        num_iterations=60,
+        batch_size=64,
+        num_minibatches=8,
+        policy_optimizer=_adamw(
+            1e-4, schedule="constant", warmup_steps=10, warmup_fraction=0.1
+        ),
+        value_optimizer=_adamw(1e-4, schedule="constant"),
+        ema_decay=0.98,
+        ptx_len=128,
+        eval_prompts=128,
+        loop=LoopConfig(checkpoint_every=15, eval_every=20),
+        **prompts,
+    )
+    return InstructGPT(
+        run=Path("runs/cpu"),
+        files=REAL_FILES,
+        tokenizer=TokenizerConfig(vocab_size=4096),
+        pretrain=PretrainConfig(
+            model=TransformerConfig(
+                num_layers=4, model_dim=192, num_heads=6, max_len=512
+            ),
+            num_steps=1500,
+            batch_size=16,
+            seq_len=256,
+            optimizer=_adamw(1.5e-3, warmup_steps=100, weight_decay=0.1),
+            loop=LoopConfig(checkpoint_every=250, eval_every=250),
+        ),
+        sft=SFTConfig(
+            num_epochs=3,
+            seq_len=256,
+            dropout=0.1,
+            optimizer=_adamw(3e-4),
+            loop=LoopConfig(checkpoint_every=100),
+        ),
+        sft_rl=SFTConfig(
+            num_epochs=2,
+            seq_len=256,
+            dropout=0.1,
+            pretrain_fraction=0.1,
+            optimizer=_adamw(5e-4),
+            loop=LoopConfig(checkpoint_every=100),
+        ),
+        collect=CollectConfig(prompt_len=256, sampling=sampling),
+        reward_model=RewardModelConfig(
+            batch_size=8,
+            prompt_len=128,
+            response_len=256,
+            optimizer=_adamw(1e-4),
+            loop=LoopConfig(checkpoint_every=30, eval_every=30),
+        ),
+        **_ppo(ppo, {"ptx_coef": 1.0, "ptx_per_episode": 1}),
+        evaluate=EvaluateConfig(
+            prompt_len=256,
+            question_len=128,
+            sampling=sampling,
+            text_len=256,
+            batch_size=125,
+            num_prompts=250,
+        ),
+    )
+
+
+PRESETS: dict[str, tuple[str, InstructGPT]] = {
+    "default": ("the embedded simulation, minutes on 2 CPU cores", embedded()),
+    "smoke": ("every stage in seconds; nothing is learned", smoke()),
+    "cpu": ("real text on 2 CPU cores, half an hour; needs --data", cpu()),
+    "gpu": ("GPT-2 124M size on one GPU; needs --data", gpu()),
+}
+"""Name -> what it is for, and the configuration."""

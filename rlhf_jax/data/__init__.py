@@ -1,0 +1,1 @@
+"""Text to NumPy batches, on the host: sources, tokenizer, prompts, batches."""

@@ -1,0 +1,441 @@
+"""Records to NumPy batches: each batch is a pure function of the step.
+
+Row r = step * batch_size + i of an endless table is example `order[epoch][r mod N]`,
+where Grain gives the order of each epoch from the seed. There is no iterator state:
+to resume is to ask for the next step. Process p of n holds the rows
+`[p B / n, (p + 1) B / n)` of every global batch.
+
+The shift is made here, once: `tokens = ids[:-1]`, `targets = ids[1:]`, so that position
+t of every array speaks of the same decision. Everything is padded on the right with the
+pad id; masks come from lengths, never from ids.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import flax.struct
+import numpy as np
+
+from rlhf_jax.data.prompts import PromptFormat
+from rlhf_jax.data.records import DataError, Demonstration, Prompt, Ranking
+from rlhf_jax.data.tokenizer import Tokenizer, tokenize_corpus
+
+Array = Any  # numpy.ndarray here, jax.Array once it is on a device
+Shard = tuple[int, int]
+BatchT = TypeVar("BatchT")
+
+
+@flax.struct.dataclass
+class TokenBatch:
+    """Sequences for next-token prediction."""
+
+    tokens: Array
+    """[B, T] int32, inputs."""
+    targets: Array
+    """[B, T] int32, the token after each input."""
+    weights: Array
+    """[B, T] float32; sums to 1 over the global batch, 0 where nothing is learned."""
+
+
+@flax.struct.dataclass
+class RankingBatch:
+    """Prompts with K ranked responses each."""
+
+    prompts: Array
+    """[B, P] int32."""
+    prompt_lengths: Array
+    """[B] int32, at least 1."""
+    responses: Array
+    """[B, K, R] int32."""
+    response_lengths: Array
+    """[B, K] int32, end token included; 0 where absent."""
+    ranks: Array
+    """[B, K] int32; 1 is best, equal ranks tie, 0 is an absent response."""
+
+
+@flax.struct.dataclass
+class PromptBatch:
+    """Prompts to respond to."""
+
+    prompts: Array
+    """[B, P] int32."""
+    prompt_lengths: Array
+    """[B] int32, at least 1."""
+
+
+class Batches(Generic[BatchT]):
+    """Batches by step: `batches(step)` gives this process's rows, and nothing else.
+
+    With a seed, every epoch holds each example once, in an order of its own, and a
+    batch may begin in one epoch and end in the next. With `seed=None` the examples come
+    in order, once; rows past the last example are padding (weights and ranks 0), which
+    `real_rows` counts.
+
+    Attributes:
+        num_examples: examples of an epoch.
+        num_dropped: examples left out because they are too long.
+        num_dropped_responses: responses left out of rankings for the same reason.
+        steps_per_epoch: steps until every example was seen, ceil(num_examples / B).
+    """
+
+    def __init__(
+        self,
+        make_batch: Callable[[np.ndarray, np.ndarray, int], BatchT],
+        num_examples: int,
+        batch_size: int,
+        seed: int | None,
+        shard: Shard = (0, 1),
+        num_dropped: int = 0,
+        num_dropped_responses: int = 0,
+    ):
+        """Prepares the order of the examples.
+
+        Args:
+            make_batch: makes the batch from the examples of this process's rows, those
+                of the global batch, and the number of this process's rows (the rows
+                beyond its examples are padding).
+            num_examples: examples of an epoch.
+            batch_size: rows of the global batch, B.
+            seed: of the order; None reads in order.
+            shard: (index, count) of this process.
+            num_dropped: examples left out before.
+            num_dropped_responses: responses left out before.
+
+        Raises:
+            ValueError: the batch cannot be cut evenly over the processes.
+        """
+        import grain
+
+        index, count = shard
+        if not 0 <= index < count:
+            raise ValueError(f"shard {shard} must be (index, count), index < count")
+        if batch_size < 1 or batch_size % count:
+            raise ValueError(
+                f"batch_size {batch_size} must be a positive multiple of the number "
+                f"of processes, {count}"
+            )
+        order = grain.MapDataset.range(num_examples)
+        if seed is not None:
+            # Grain's epochs count up from the seed: neighbouring seeds would repeat
+            # each other's orders one epoch apart, so the seed is mixed first.
+            mixed = np.random.SeedSequence(seed).generate_state(1)[0]
+            order = order.shuffle(seed=int(mixed))
+        self._order = order
+        self._make_batch = make_batch
+        self._batch_size = batch_size
+        self._shuffled = seed is not None
+        self._shard = shard
+        self.num_examples = num_examples
+        self.num_dropped = num_dropped
+        self.num_dropped_responses = num_dropped_responses
+        self.steps_per_epoch = -(-num_examples // batch_size)
+
+    def real_rows(self, step: int) -> int:
+        """Rows of the global batch that hold an example (the others are padding)."""
+        left = self.num_examples - step * self._batch_size
+        return self._batch_size if self._shuffled else min(self._batch_size, left)
+
+    def __call__(self, step: int) -> BatchT:
+        """Makes the batch of a step.
+
+        Args:
+            step: from 0; with `seed=None` below `steps_per_epoch`.
+
+        Returns:
+            This process's rows of the batch, B / n of them.
+
+        Raises:
+            IndexError: no such step.
+        """
+        if step < 0 or not (self._shuffled or step < self.steps_per_epoch):
+            raise IndexError(f"step {step} of {self.steps_per_epoch} unshuffled steps")
+        first = step * self._batch_size
+        rows = range(first, first + self.real_rows(step))
+        examples = np.array([self._order[row] for row in rows], np.int64)
+        index, count = self._shard
+        size = self._batch_size // count
+        return self._make_batch(
+            examples[index * size : (index + 1) * size], examples, size
+        )
+
+
+def packed_batches(
+    documents: Sequence[str],
+    tokenizer: Tokenizer,
+    batch_size: int,
+    seq_len: int,
+    seed: int | None,
+    shard: Shard = (0, 1),
+    cache_dir: Path | None = None,
+) -> Batches[TokenBatch]:
+    """Batches of packed documents: each followed by the end token, joined, and cut.
+
+    Windows overlap by one token, so that every token but the first is predicted once.
+    All weights of a batch are equal; only the last window may be shorter than T.
+
+    Args:
+        documents: texts; their order is shuffled once by the seed, then the windows.
+        tokenizer: gives the ids and the end token.
+        batch_size: rows of the global batch, B.
+        seq_len: tokens per row, T.
+        seed: of both orders; None reads in order.
+        shard: (index, count) of this process.
+        cache_dir: where the ids are kept for the next run; None keeps nothing.
+
+    Raises:
+        DataError: there is no text, or the cached ids are damaged.
+    """
+    ids = tokenize_corpus(documents, tokenizer, cache_dir)
+    if len(ids) < 2:
+        raise DataError("corpus: holds no text. Give some documents.")
+    if seed is not None:
+        ends = np.flatnonzero(ids == tokenizer.eos_id) + 1  # text has no end token
+        order = np.random.default_rng(seed).permutation(len(ends))
+        ids = np.concatenate([np.split(ids, ends[:-1])[i] for i in order])
+    counts = np.full(-(-(len(ids) - 1) // seq_len), seq_len)
+    counts[-1] = len(ids) - 1 - (len(counts) - 1) * seq_len
+
+    def make_batch(mine: np.ndarray, batch: np.ndarray, size: int) -> TokenBatch:
+        rows = [ids[i * seq_len : (i + 1) * seq_len + 1] for i in mine]
+        starts = np.zeros(len(rows), np.int64)
+        weight = 1.0 / counts[batch].sum()
+        return _token_batch(rows, starts, size, seq_len, tokenizer.pad_id, weight)
+
+    return Batches(make_batch, len(counts), batch_size, seed, shard)
+
+
+def demonstration_batches(
+    demonstrations: Sequence[Demonstration],
+    tokenizer: Tokenizer,
+    format: PromptFormat,
+    batch_size: int,
+    seq_len: int,
+    seed: int | None,
+    loss_on: Literal["response", "all"] = "response",
+    shard: Shard = (0, 1),
+) -> Batches[TokenBatch]:
+    """Batches of prompt, response and end token, one demonstration per row.
+
+    Args:
+        demonstrations: those with more than T + 1 tokens are dropped and counted.
+        tokenizer: gives the ids.
+        format: joins prompt and response.
+        batch_size: rows of the global batch, B.
+        seq_len: tokens per row, T.
+        seed: of the order; None reads in order.
+        loss_on: which targets have weight: those of the response with its end token, or
+            those of the prompt too.
+        shard: (index, count) of this process.
+
+    Raises:
+        DataError: no demonstration fits.
+    """
+    if loss_on not in ("response", "all"):
+        raise ValueError(f"loss_on {loss_on!r}: choose 'response' or 'all'")
+    prompts = _encode_prompts(demonstrations, tokenizer, format)
+    responses = tokenizer.encode_batch([d.response for d in demonstrations])
+    end = np.array([tokenizer.eos_id], np.int32)
+    joined = [
+        np.concatenate([prompt, response, end])
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    kept = [i for i, ids in enumerate(joined) if len(ids) - 1 <= seq_len]
+    lengths = [len(ids) - 1 for ids in joined]
+    _check_some_left("demonstrations", kept, lengths, "seq_len", seq_len)
+    sequences = [joined[i] for i in kept]
+    # The first target of the response is read at the last token of the prompt.
+    first = [len(prompts[i]) - 1 if loss_on == "response" else 0 for i in kept]
+    starts = np.array(first, np.int64)
+    counts = np.array([len(ids) - 1 for ids in sequences]) - starts
+
+    def make_batch(mine: np.ndarray, batch: np.ndarray, size: int) -> TokenBatch:
+        rows = [sequences[i] for i in mine]
+        weight = 1.0 / counts[batch].sum()
+        return _token_batch(rows, starts[mine], size, seq_len, tokenizer.pad_id, weight)
+
+    dropped = len(demonstrations) - len(kept)
+    return Batches(make_batch, len(kept), batch_size, seed, shard, dropped)
+
+
+def ranking_batches(
+    rankings: Sequence[Ranking],
+    tokenizer: Tokenizer,
+    format: PromptFormat,
+    batch_size: int,
+    prompt_len: int,
+    response_len: int,
+    num_responses: int,
+    seed: int | None,
+    shard: Shard = (0, 1),
+) -> Batches[RankingBatch]:
+    """Batches of prompts with up to K ranked responses.
+
+    A response with more than R tokens is left out of its ranking; a ranking is left out
+    when its prompt has more than P tokens, or when no two of its responses differ in
+    rank. Both are counted.
+
+    Args:
+        rankings: records.
+        tokenizer: gives the ids.
+        format: joins prompt and response.
+        batch_size: rows of the global batch, B.
+        prompt_len: longest prompt in tokens, P.
+        response_len: longest response in tokens with its end token, R.
+        num_responses: most responses of a ranking, K.
+        seed: of the order; None reads in order.
+        shard: (index, count) of this process.
+
+    Raises:
+        DataError: a ranking has more than K responses, or no ranking is left.
+    """
+    _check_any("rankings", rankings)
+    prompts = _encode_prompts(rankings, tokenizer, format)
+    kept = []
+    longest, num_dropped_responses = 0, 0
+    for i, (ranking, prompt) in enumerate(zip(rankings, prompts, strict=True)):
+        if len(ranking.responses) > num_responses:
+            raise DataError(
+                f"rankings: record {i} has {len(ranking.responses)} responses, more "
+                f"than num_responses {num_responses}. Raise num_responses."
+            )
+        encoded = [
+            format.encode_response(tokenizer, response, ended)
+            for response, ended in zip(ranking.responses, ranking.ended, strict=True)
+        ]
+        longest = max(longest, *(len(ids) for ids in encoded))
+        fitting = [
+            (ids, rank)
+            for ids, rank in zip(encoded, ranking.ranks, strict=True)
+            if len(ids) <= response_len
+        ]
+        num_dropped_responses += len(encoded) - len(fitting)
+        if len(prompt) <= prompt_len and len({rank for _, rank in fitting}) > 1:
+            kept.append((prompt, fitting))
+    if not kept:
+        raise DataError(
+            f"rankings: none of {len(rankings)} is left: prompts have up to "
+            f"{max(map(len, prompts))} tokens (prompt_len {prompt_len}), responses up "
+            f"to {longest} (response_len {response_len}), and two responses must "
+            "differ in rank. Raise prompt_len or response_len."
+        )
+
+    def make_batch(mine: np.ndarray, batch: np.ndarray, size: int) -> RankingBatch:
+        del batch
+        rows = [kept[i] for i in mine]
+        shape = (size, num_responses)
+        responses = np.full((*shape, response_len), tokenizer.pad_id, np.int32)
+        lengths, ranks = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        for row, (_, ranked) in enumerate(rows):
+            for k, (ids, rank) in enumerate(ranked):
+                responses[row, k, : len(ids)] = ids
+                lengths[row, k], ranks[row, k] = len(ids), rank
+        prompt_batch = _prompt_batch(
+            [prompt for prompt, _ in rows], size, prompt_len, tokenizer.pad_id
+        )
+        return RankingBatch(
+            prompt_batch.prompts, prompt_batch.prompt_lengths, responses, lengths, ranks
+        )
+
+    return Batches(
+        make_batch,
+        len(kept),
+        batch_size,
+        seed,
+        shard,
+        num_dropped=len(rankings) - len(kept),
+        num_dropped_responses=num_dropped_responses,
+    )
+
+
+def prompt_batches(
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    format: PromptFormat,
+    batch_size: int,
+    prompt_len: int,
+    seed: int | None,
+    shard: Shard = (0, 1),
+) -> Batches[PromptBatch]:
+    """Batches of prompts.
+
+    Args:
+        prompts: records; those with more than P tokens are dropped and counted.
+        tokenizer: gives the ids.
+        format: what stands around a prompt.
+        batch_size: rows of the global batch, B.
+        prompt_len: longest prompt in tokens, P.
+        seed: of the order; None reads in order.
+        shard: (index, count) of this process.
+
+    Raises:
+        DataError: no prompt fits.
+    """
+    encoded = _encode_prompts(prompts, tokenizer, format)
+    lengths = [len(ids) for ids in encoded]
+    kept = [i for i, length in enumerate(lengths) if length <= prompt_len]
+    _check_some_left("prompts", kept, lengths, "prompt_len", prompt_len)
+
+    def make_batch(mine: np.ndarray, batch: np.ndarray, size: int) -> PromptBatch:
+        del batch
+        rows = [encoded[kept[i]] for i in mine]
+        return _prompt_batch(rows, size, prompt_len, tokenizer.pad_id)
+
+    dropped = len(prompts) - len(kept)
+    return Batches(make_batch, len(kept), batch_size, seed, shard, dropped)
+
+
+def _encode_prompts(
+    records: Sequence[Demonstration] | Sequence[Ranking] | Sequence[Prompt],
+    tokenizer: Tokenizer,
+    format: PromptFormat,
+) -> list[np.ndarray]:
+    return [format.encode_prompt(tokenizer, record.prompt) for record in records]
+
+
+def _check_any(what: str, records: Sequence[Any]) -> None:
+    if not records:
+        raise DataError(f"{what}: there are none. Give at least one.")
+
+
+def _check_some_left(
+    what: str, kept: list[int], lengths: list[int], field: str, limit: int
+) -> None:
+    _check_any(what, lengths)
+    if not kept:
+        raise DataError(
+            f"{what}: all {len(lengths)} are longer than {field} {limit}: they have "
+            f"{min(lengths)} to {max(lengths)} tokens. Raise {field}."
+        )
+
+
+def _token_batch(
+    rows: list[np.ndarray],
+    starts: np.ndarray,
+    size: int,
+    seq_len: int,
+    pad_id: int,
+    weight: float,
+) -> TokenBatch:
+    """Shifts and pads; targets from `starts` [rows] to the end of a row have weight."""
+    tokens = np.full((size, seq_len), pad_id, np.int32)
+    targets = np.full((size, seq_len), pad_id, np.int32)
+    weights = np.zeros((size, seq_len), np.float32)
+    for row, (ids, start) in enumerate(zip(rows, starts, strict=True)):
+        length = len(ids) - 1
+        tokens[row, :length] = ids[:-1]
+        targets[row, :length] = ids[1:]
+        weights[row, start:length] = weight
+    return TokenBatch(tokens, targets, weights)
+
+
+def _prompt_batch(
+    rows: list[np.ndarray], size: int, prompt_len: int, pad_id: int
+) -> PromptBatch:
+    """Pads prompts; a padding row is one pad token, so that every length is >= 1."""
+    prompts = np.full((size, prompt_len), pad_id, np.int32)
+    lengths = np.ones(size, np.int32)
+    for row, ids in enumerate(rows):
+        prompts[row, : len(ids)] = ids
+        lengths[row] = len(ids)
+    return PromptBatch(prompts, lengths)

@@ -1,0 +1,108 @@
+"""Where a run's text comes from: a directory of files, or the embedded simulation."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.data import simulation
+from rlhf_jax.data.simulation import SimulationConfig
+from rlhf_jax.data.sources import DataError, Kind, Split, find_files, load
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilesConfig:
+    """Which files of the data directory are what: globs, relative to it.
+
+    The split is the end of a file's name: `_valid`, `_test`, else train. A glob
+    `tfds:NAME` stands for a TFDS data set with the same fields.
+    """
+
+    corpus: tuple[str, ...] = ("corpus/*.txt*",)
+    """Pre-training text."""
+    demonstrations: tuple[str, ...] = ("demonstrations/*.jsonl*",)
+    """Prompts with the response a labeler wrote."""
+    rankings: tuple[str, ...] = ("rankings/*.jsonl*",)
+    """Prompts with K ranked responses; where there are none, they are collected."""
+    comparisons: tuple[str, ...] = ("comparisons/*.jsonl*",)
+    """Prompts with a chosen and a rejected response."""
+    ranking_prompts: tuple[str, ...] = ("prompts/*rank*.jsonl*",)
+    """Prompts to collect rankings for."""
+    ppo_prompts: tuple[str, ...] = ("prompts/*ppo*.jsonl*",)
+    """Prompts of PPO (train)."""
+    eval_prompts: tuple[str, ...] = ("prompts/*eval*_test.jsonl*",)
+    """Held-out prompts of the evaluation (test); demonstration files will do."""
+
+
+_KINDS: dict[str, Kind] = {
+    "corpus": "corpus",
+    "demonstrations": "demonstrations",
+    "rankings": "rankings",
+    "comparisons": "comparisons",
+    "ranking_prompts": "prompts",
+    "ppo_prompts": "prompts",
+    "eval_prompts": "prompts",
+}
+
+
+def cache_dir() -> Path:
+    """Folder of prepared data and compiled programs: `RLHF_JAX_CACHE` or a default."""
+    default = Path.home() / ".cache" / "rlhf_jax"
+    return Path(os.environ.get("RLHF_JAX_CACHE", default))
+
+
+class Inputs:
+    """The records of a run by their purpose (a field of `FilesConfig`) and split."""
+
+    def __init__(
+        self,
+        data: Path | None,
+        files: FilesConfig,
+        simulated: SimulationConfig,
+        run: Path,
+    ):
+        """Opens a data directory, or writes the simulated campaign to RUN/data.
+
+        Args:
+            data: directory; None for the embedded simulation.
+            files: globs in it.
+            simulated: the campaign, where `data` is None.
+            run: directory of the run.
+        """
+        self.files = files
+        self.simulated = data is None
+        self.root = run / "data" if data is None else data
+        if data is None and not (self.root / "simulation.json").exists():
+            simulation.write_campaign(simulated, self.root)
+        if not self.root.is_dir():
+            raise DataError(f"{self.root}: no such directory; give --data DIR")
+
+    def read(self, purpose: str, split: Split) -> Sequence[Any]:
+        """Validated records, e.g. `read("demonstrations", "train")`.
+
+        Raises:
+            DataError: naming what is missing or malformed, with file and line.
+        """
+        patterns = getattr(self.files, purpose)
+        kind = _KINDS[purpose]
+        return load(kind, self.root, patterns, split, cache_dir() / "data")
+
+    def has(self, purpose: str, split: Split) -> bool:
+        """Whether any file matches."""
+        try:
+            return bool(find_files(self.root, getattr(self.files, purpose), split))
+        except DataError:
+            return False
+
+    def fingerprint(self, *purposes_and_splits: tuple[str, Split]) -> dict[str, str]:
+        """Content hash of each source a stage reads, to notice when it changes."""
+        hashes = {}
+        for purpose, split in purposes_and_splits:
+            digest = hashlib.sha256()
+            for path in find_files(self.root, getattr(self.files, purpose), split):
+                digest.update(path.name.encode())
+                digest.update(path.read_bytes())
+            hashes[f"{purpose}/{split}"] = digest.hexdigest()[:16]
+        return hashes

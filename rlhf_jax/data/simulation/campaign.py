@@ -1,0 +1,197 @@
+"""The simulated labelling campaign: writes its files, and recreates it from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rlhf_jax.data.simulation.corpus import make_documents
+from rlhf_jax.data.simulation.judge import Judge
+from rlhf_jax.data.simulation.labelers import Labeler, make_labelers
+from rlhf_jax.data.simulation.tasks import parse_prompt, sample_prompt
+from rlhf_jax.data.simulation.templates import USE_CASES
+from rlhf_jax.data.simulation.world import World, make_world, pick
+
+VERSION = 1
+CONFIG_FILE = "simulation.json"
+DOCUMENT_SEPARATOR = "\n<|endoftext|>\n"
+
+
+@dataclass(frozen=True)
+class SimulationConfig:
+    """Sizes and seed of a simulated labelling campaign."""
+
+    seed: int = 0
+    """Seed of the world, the labelers and every text."""
+    num_documents: int = 10000
+    """Documents of the training corpus, about 42 words each."""
+    num_valid_documents: int = 400
+    """Documents held out to measure the pre-training loss."""
+    num_demonstrations: int = 400
+    """Prompts that training labelers answer for supervised fine-tuning."""
+    num_valid_demonstrations: int = 60
+    """Demonstrations held out to measure the fine-tuning loss."""
+    num_ranking_prompts: int = 800
+    """Prompts whose sampled responses training labelers rank."""
+    num_valid_ranking_prompts: int = 120
+    """Prompts whose responses are ranked to measure the reward model."""
+    num_ppo_prompts: int = 1200
+    """Prompts of reinforcement learning; nobody answers or ranks them."""
+    num_eval_prompts: int = 400
+    """Prompts held out to compare the models."""
+    num_train_labelers: int = 6
+    """Labelers who write demonstrations and rank for training."""
+    num_held_out_labelers: int = 4
+    """Labelers whose rankings are used for evaluation only."""
+
+
+def write_campaign(cfg: SimulationConfig, directory: str | Path) -> None:
+    """Writes the files of a campaign; equal configs give equal bytes.
+
+    Writes corpus/, demonstrations/ and prompts/ in the layout of `--data`, and last,
+    at once, `simulation.json` with the config: where it is, the campaign is complete.
+
+    Args:
+        cfg: sizes and seed.
+        directory: where to write; made if needed.
+    """
+    directory = Path(directory)
+    _, judge, labelers = _people(cfg)
+    rng = np.random.default_rng([cfg.seed, 2])
+    seen: set[str] = set()
+    splits = {
+        name: _unique_prompts(judge.world, rng, num, seen)
+        for name, num in (
+            ("eval_test", cfg.num_eval_prompts),
+            ("rank_valid", cfg.num_valid_ranking_prompts),
+            ("demonstrations_valid", cfg.num_valid_demonstrations),
+            ("demonstrations_train", cfg.num_demonstrations),
+            ("rank_train", cfg.num_ranking_prompts),
+            ("ppo_train", cfg.num_ppo_prompts),
+        )
+    }
+    held_out = {p for name in splits if "train" not in name for p in splits[name]}
+    for split, num in (
+        ("train", cfg.num_documents),
+        ("valid", cfg.num_valid_documents),
+    ):
+        documents = make_documents(judge.world, rng, num, held_out)
+        text = DOCUMENT_SEPARATOR.join(documents) + "\n"
+        _write(directory / "corpus" / f"simulation_{split}.txt", text)
+    writers = [labeler for labeler in labelers if not labeler.held_out]
+    for split in ("train", "valid"):
+        records = []
+        for prompt in splits.pop(f"demonstrations_{split}"):
+            labeler = pick(rng, writers)
+            records.append(
+                {
+                    "prompt": prompt,
+                    "response": labeler.demonstrate(prompt, rng),
+                    "labeler": labeler.name,
+                    "use_case": parse_prompt(prompt).use_case,
+                }
+            )
+        _write_jsonl(
+            directory / "demonstrations" / f"simulation_{split}.jsonl", records
+        )
+    for split, prompts in splits.items():
+        records = [
+            {"prompt": prompt, "use_case": parse_prompt(prompt).use_case}
+            for prompt in prompts
+        ]
+        _write_jsonl(directory / "prompts" / f"simulation_{split}.jsonl", records)
+    config = {"version": VERSION, "config": dataclasses.asdict(cfg)}
+    _write(directory / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+
+def load_campaign(
+    directory: str | Path,
+) -> tuple[SimulationConfig, World, Judge, list[Labeler]]:
+    """Recreates the world, the judge and the labelers of a written campaign.
+
+    Args:
+        directory: what `write_campaign` wrote.
+
+    Returns:
+        The config, the world, the judge and the labelers.
+
+    Raises:
+        FileNotFoundError: if the directory holds no complete campaign.
+        ValueError: if another version of the simulation wrote it.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file, so the directory holds no complete simulated "
+            "campaign; write one with rlhf_jax.data.simulation.write_campaign"
+        )
+    try:
+        content = json.loads(path.read_text())
+        version, fields = content["version"], content["config"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not the config of a simulated campaign ({error}); delete the "
+            "directory and write the campaign again"
+        ) from error
+    if version != VERSION:
+        raise ValueError(
+            f"{path}: field 'version' is {version}, this library writes {VERSION}; "
+            "delete the directory and write the campaign again"
+        )
+    known = {field.name for field in dataclasses.fields(SimulationConfig)}
+    if set(fields) != known:
+        raise ValueError(
+            f"{path}: field 'config' must name exactly {sorted(known)}, it differs in "
+            f"{sorted(set(fields) ^ known)}; write the campaign again"
+        )
+    cfg = SimulationConfig(**fields)
+    return (cfg, *_people(cfg))
+
+
+def _people(cfg: SimulationConfig) -> tuple[World, Judge, list[Labeler]]:
+    world = make_world(cfg.seed)
+    judge = Judge(world)
+    labelers = make_labelers(
+        judge, cfg.seed, cfg.num_train_labelers, cfg.num_held_out_labelers
+    )
+    return world, judge, labelers
+
+
+def _unique_prompts(
+    world: World, rng: np.random.Generator, num: int, seen: set[str]
+) -> list[str]:
+    """`num` new prompts with Table 1's proportions of use cases, in random order."""
+    prompts: list[str] = []
+    bounds = np.rint(np.cumsum(list(USE_CASES.values())) * num).astype(int)
+    for use_case, start, stop in zip(USE_CASES, [0, *bounds], bounds, strict=False):
+        failures = 0
+        for _ in range(stop - start):
+            prompt = sample_prompt(world, rng, use_case)
+            while prompt in seen:
+                failures += 1
+                if failures > 100_000:
+                    raise ValueError(
+                        f"the grammar has too few different {use_case} prompts for "
+                        "this campaign; ask for fewer prompts"
+                    )
+                prompt = sample_prompt(world, rng, use_case)
+            seen.add(prompt)
+            prompts.append(prompt)
+    return [prompts[int(i)] for i in rng.permutation(len(prompts))]
+
+
+def _write_jsonl(path: Path, records: list[dict[str, str]]) -> None:
+    _write(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file at once: a reader sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

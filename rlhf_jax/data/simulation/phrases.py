@@ -1,0 +1,160 @@
+"""Controlled English, writing side: sentences on facts and on events."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rlhf_jax.data.simulation.world import (
+    ATTRIBUTES,
+    KNOWN,
+    PEOPLE,
+    SCENERY,
+    World,
+    other_value,
+    pick,
+    pick_several,
+)
+
+# {S} subject, {O} "of the fox" (or "its" form, see `fact`), {v} value.
+FACTS = {
+    "colour": ("{S} is {v}", "The colour of {o} is {v}", "{S} has a {v} coat"),
+    "food": ("{S} eats {v}", "{S} likes to eat {v}", "The food of {o} is {v}"),
+    "home": (
+        "{S} lives in the {v}",
+        "The home of {o} is the {v}",
+        "{S} has its home in the {v}",
+    ),
+    "friend": (
+        "{S} is a friend of {v}",
+        "The friend of {o} is {v}",
+        "{v} is the friend of {o}",
+    ),
+    "hobby": ("{S} likes {v}", "{S} enjoys {v}", "The hobby of {o} is {v}"),
+    "toy": ("{S} owns a {v}", "{S} has a {v}", "The toy of {o} is a {v}"),
+    "age": ("{S} is {v} years old", "The age of {o} is {v}"),
+    "birthday": ("{S} was born in {v}", "The birthday of {o} is in {v}"),
+}
+VERB_PHRASES = {
+    "colour": "is {v}",
+    "food": "eats {v}",
+    "home": "lives in the {v}",
+    "friend": "is a friend of {v}",
+    "hobby": "likes {v}",
+    "toy": "owns a {v}",
+    "age": "is {v} years old",
+    "birthday": "was born in {v}",
+}
+DENIALS = {
+    "colour": "is not {v}",
+    "food": "does not eat {v}",
+    "home": "does not live in the {v}",
+    "friend": "is not a friend of {v}",
+    "hobby": "does not like {v}",
+    "toy": "does not own a {v}",
+}
+UNKNOWN_SENTENCES = {
+    "age": ("Nobody knows how old {o} is", "I do not know how old {o} is"),
+    "birthday": ("Nobody knows when {o} was born", "I do not know when {o} was born"),
+}
+WHEN = ("One day", "One morning", "At night", "Today", "Then")
+DEEDS = (
+    "went to the {w}",
+    "walked to the {w}",
+    "ran to the {w}",
+    "sat by the {w}",
+    "slept by the {w}",
+    "saw the {w}",
+    "found the {w}",
+    "looked at the {w}",
+)
+SOCIAL_DEEDS = ("met {p}", "saw {p}", "played with {p}", "walked with {p}")
+MOODS = ("happy", "sad", "tired", "hungry")
+
+
+def capitalize(text: str) -> str:
+    """The text with its first letter in upper case."""
+    return text[0].upper() + text[1:]
+
+
+def fact(
+    rng: np.random.Generator,
+    entity: str,
+    attribute: str,
+    value: str,
+    pronoun: bool = False,
+) -> str:
+    """A sentence that says that the entity has the value, without the full stop."""
+    template = pick(rng, FACTS[attribute])
+    if pronoun:
+        template = template.replace(f"The {attribute} of {{o}}", f"Its {attribute}")
+        template = template.replace(f"the {attribute} of {{o}}", f"its {attribute}")
+    subject = "It" if pronoun else f"The {entity}"
+    return template.format(S=subject, o=f"the {entity}", v=value)
+
+
+def denial(entity: str, attribute: str, value: str) -> str:
+    """A sentence that says that the entity does not have the value."""
+    return f"The {entity} " + DENIALS[attribute].format(v=value)
+
+
+def event(
+    rng: np.random.Generator,
+    subject: str,
+    word: str | None = None,
+    person: str | None = None,
+    when: bool = True,
+) -> str:
+    """A sentence of a story, without the full stop.
+
+    Args:
+        rng: source of randomness.
+        subject: "the fox", "it" or a person.
+        word: a word of the scenery that it has to use; None leaves it free.
+        person: a person whom it has to name; None leaves it free.
+        when: whether it may begin with a time.
+
+    Returns:
+        The sentence.
+    """
+    draw = rng.random()
+    if person is not None or (word is None and draw < 0.2):
+        deed = pick(rng, SOCIAL_DEEDS).format(p=person or pick(rng, PEOPLE))
+    elif word is None and draw < 0.35:
+        deed = f"was {pick(rng, MOODS)}"
+    elif word is None and draw < 0.42:
+        deed = "sang a song"
+    else:
+        deed = pick(rng, DEEDS).format(w=word or pick(rng, SCENERY))
+    opener = f"{pick(rng, WHEN)} " if when and rng.random() < 0.5 else ""
+    return capitalize(f"{opener}{subject} {deed}")
+
+
+def believed(
+    world: World,
+    rng: np.random.Generator,
+    entity: str,
+    attribute: str,
+    error: float,
+) -> str:
+    """The true value, or with probability `error` a wrong one."""
+    truth = world.value(entity, attribute)
+    if truth is None or rng.random() < error:
+        return other_value(rng, attribute, truth)
+    return truth
+
+
+def two_facts(
+    world: World, rng: np.random.Generator, entity: str, error: float
+) -> tuple[list[str], list[str]]:
+    """Two sentences about an entity and the attributes that they speak of."""
+    nouns = pick_several(rng, KNOWN, 2)
+    first, second = (believed(world, rng, entity, noun, error) for noun in nouns)
+    return [
+        fact(rng, entity, nouns[0], first) + ".",
+        fact(rng, entity, nouns[1], second, pronoun=True) + ".",
+    ], nouns
+
+
+def all_values() -> dict[str, str]:
+    """Every value of every attribute, with its attribute."""
+    return {v: noun for noun, a in ATTRIBUTES.items() for v in a.values}

@@ -1,0 +1,306 @@
+"""Sampling responses: prefill, then one compiled loop over a key-value cache.
+
+The sampling contract (`Sampling`) is applied by one function to the logits, here and
+wherever log-probabilities are recomputed for training, so both speak of the same
+distribution.
+"""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.nn.heads import lm_logits
+from rlhf_jax.nn.transformer import (
+    NEG_INF,
+    Params,
+    block,
+    causal_attention,
+    embed,
+    final_norm,
+)
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The distribution responses are drawn from: part of every rollout's meaning."""
+
+    response_len: int = 32
+    """Longest response in tokens, R, end-of-text included."""
+    temperature: float = 1.0
+    """Divides the logits. InstructGPT: 1 (C.4); Ziegler and the TL;DR code: 0.7."""
+    top_k: int | None = None
+    """Keep only the k likeliest tokens (None: all)."""
+    top_p: float | None = None
+    """Keep the smallest set of likeliest tokens with this mass (None: all)."""
+
+    def __post_init__(self):
+        if self.temperature <= 0.0:
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}; "
+                "for greedy decoding use top_k = 1"
+            )
+        if self.response_len < 1:
+            raise ValueError(f"response_len must be >= 1, got {self.response_len}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or None, got {self.top_k}")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1] or None, got {self.top_p}")
+
+
+@struct.dataclass
+class Rollout:
+    """Responses and what the sampler knew of them."""
+
+    responses: Array  # int32 [B, R], pad id after the end
+    lengths: Array  # int32 [B], tokens of each response, end-of-text included
+    ended: Array  # bool [B], True where the response ends in end-of-text
+    logprobs: Array  # float32 [B, R], of each token under the contract, 0 after the end
+
+
+def contract_logits(logits: Array, temperature: Array | float, cfg: Sampling) -> Array:
+    """Logits of the distribution that is sampled from.
+
+    logits / temperature, then every token outside the top k, or outside the smallest
+    likeliest set of mass top_p, is set to a large negative number. The log-softmax of
+    the result is the log-probability of the sampling contract.
+
+    Args:
+        logits: float32, [..., V].
+        temperature: > 0; traced, so that sweeps do not recompile.
+        cfg: reads `top_k` and `top_p`.
+
+    Returns:
+        float32, [..., V].
+
+    Source: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p).
+    """
+    logits = logits / temperature
+    if cfg.top_k is not None:
+        kept, _ = jax.lax.top_k(logits, min(cfg.top_k, logits.shape[-1]))
+        logits = jnp.where(logits >= kept[..., -1:], logits, NEG_INF)
+    if cfg.top_p is not None and cfg.top_p < 1.0:  # a rounded sum may reach 1 early
+        ordered = -jnp.sort(-logits, axis=-1)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        mass_before = jnp.cumsum(probs, axis=-1) - probs
+        threshold = jnp.min(
+            jnp.where(mass_before < cfg.top_p, ordered, jnp.inf), axis=-1, keepdims=True
+        )
+        logits = jnp.where(logits >= threshold, logits, NEG_INF)
+    return logits
+
+
+def sample_tokens(uniforms: Array, logits: Array) -> tuple[Array, Array]:
+    """Draws one token a row by the inverse of the cumulative distribution.
+
+    The smallest v with sum_{w <= v} p_w > u, in two levels (blocks of tokens, then one
+    block): one uniform number a row instead of V Gumbel draws.
+
+    Args:
+        uniforms: float32 in [0, 1), [B].
+        logits: float32, [B, V], of the contract.
+
+    Returns:
+        tokens, int32 [B], never one of probability 0; their log-probabilities,
+        float32 [B].
+    """
+    chex.assert_rank([uniforms, logits], [1, 2])
+    B, V = logits.shape
+    width = max(1, round(V**0.5))
+    num_blocks = -(-V // width)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    padded = jnp.pad(weights, ((0, 0), (0, num_blocks * width - V)))
+    blocks = padded.reshape(B, num_blocks, width)
+
+    def pick(rest, masses):  # index where the running sum passes `rest`; what is left
+        sums = jnp.cumsum(masses, axis=-1)  # a parallel sum: may move where a mass is 0
+        passed = (masses > 0) & (sums > rest[:, None])
+        last = masses.shape[-1] - 1 - jnp.argmax(masses[:, ::-1] > 0, axis=-1)
+        index = jnp.where(jnp.any(passed, axis=-1), jnp.argmax(passed, axis=-1), last)
+        index = index[:, None]
+        before = jnp.take_along_axis(sums - masses, index, axis=-1)
+        return index, jnp.maximum(rest - before[:, 0], 0.0)
+
+    masses = jnp.sum(blocks, axis=-1)
+    total = jnp.sum(masses, axis=-1)
+    block_index, rest = pick(uniforms * total, masses)
+    inside = jnp.take_along_axis(blocks, block_index[:, :, None], axis=1)[:, 0]
+    token_index, _ = pick(rest, inside)
+    tokens = (block_index * width + token_index)[:, 0].astype(jnp.int32)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - top[:, 0] - jnp.log(total)
+
+
+def prefill(
+    params: Params, prompts: Array, cfg: TransformerConfig, num_columns: int
+) -> tuple[Array, Array]:
+    """Keys and values of all prompt tokens but the last, in a cache with room for more.
+
+    Args:
+        params: of `init_params`.
+        prompts: int32, [B, P], right-padded.
+        cfg: shape of the model.
+        num_columns: free columns after the P - 1 of the prompt.
+
+    Returns:
+        keys and values, each [L, B, P - 1 + num_columns, N, H] in `cfg.dtype`.
+    """
+    tokens = prompts[:, :-1]
+    B, stem = tokens.shape
+    shape = (cfg.num_layers, B, stem + num_columns, cfg.num_heads, cfg.head_dim)
+    if stem == 0:
+        return jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype)
+    positions = jnp.broadcast_to(jnp.arange(stem)[None], tokens.shape)
+
+    def layer(x, layer_params):
+        kept = []
+
+        def attend(q, k, v):
+            kept.extend((k, v))
+            return causal_attention(q, k, v)
+
+        x = block(layer_params, x, attend, cfg)
+        return x, tuple(kept)
+
+    x = embed(params, tokens, positions, cfg.dtype)
+    _, (keys, values) = jax.lax.scan(layer, x, params["blocks"])
+    room = ((0, 0), (0, 0), (0, num_columns), (0, 0), (0, 0))
+    return jnp.pad(keys, room), jnp.pad(values, room)
+
+
+def decode_step(
+    params: Params,
+    cache: tuple[Array, Array],
+    tokens: Array,
+    positions: Array,
+    column: Array,
+    mask: Array,
+    cfg: TransformerConfig,
+) -> tuple[Array, tuple[Array, Array]]:
+    """Feeds one token a row: writes its keys and values, returns its hidden state.
+
+    Args:
+        params: of `init_params`.
+        cache: keys and values, each [L, B, S, N, H]; the carry of the loops, so that
+            they are updated in place.
+        tokens: int32, [B].
+        positions: int32, [B].
+        column: int32 [], the cache column all rows write to.
+        mask: bool, [B, S], columns each row reads, `column` among them.
+        cfg: shape of the model.
+
+    Returns:
+        hidden states after the last norm, [B, D]; the new cache.
+    """
+
+    def layer(carry, layer_params_and_index):
+        layer_params, index = layer_params_and_index
+        x, keys, values = carry
+        written = []
+
+        def attend(q, k, v):  # [B, 1, N, H]
+            start = (index, 0, column, 0, 0)
+            all_keys = jax.lax.dynamic_update_slice(keys, k[None], start)
+            all_values = jax.lax.dynamic_update_slice(values, v[None], start)
+            written.extend((all_keys, all_values))
+            here = jax.lax.dynamic_index_in_dim(all_keys, index, keepdims=False)
+            scores = q.shape[-1] ** -0.5 * jnp.einsum(
+                "bnh,bsnh->bns", q[:, 0], here, preferred_element_type=jnp.float32
+            )
+            weights = jax.nn.softmax(jnp.where(mask[:, None], scores, NEG_INF), axis=-1)
+            here = jax.lax.dynamic_index_in_dim(all_values, index, keepdims=False)
+            return jnp.einsum("bns,bsnh->bnh", weights.astype(v.dtype), here)[:, None]
+
+        x = block(layer_params, x, attend, cfg)
+        return (x, *written), None
+
+    x = embed(params, tokens[:, None], positions[:, None], cfg.dtype)
+    layers = (params["blocks"], jnp.arange(cfg.num_layers))
+    (x, keys, values), _ = jax.lax.scan(layer, (x, *cache), layers)
+    return final_norm(params, x)[:, 0], (keys, values)
+
+
+def generate(
+    params: Params,
+    prompts: Array,
+    prompt_lengths: Array,
+    key: Array,
+    temperature: Array | float,
+    *,
+    eos_id: int,
+    pad_id: int,
+    model: TransformerConfig,
+    sampling: Sampling,
+) -> Rollout:
+    """Samples one response to each prompt.
+
+    One `while_loop` over response positions that stops when every row has drawn
+    end-of-text. Masks come from lengths; pad may equal end-of-text.
+
+    Args:
+        params: policy.
+        prompts: int32, [B, P], right-padded.
+        prompt_lengths: int32 >= 1, [B].
+        key: typed PRNG key; step t uses `fold_in(key, t)`.
+        temperature: of the contract (traced).
+        eos_id: token that ends a response and belongs to it.
+        pad_id: fills what lies after the end.
+        model: shape of the policy, P + R <= max_len.
+        sampling: reads `response_len`, `top_k`, `top_p`.
+
+    Returns:
+        `Rollout` of R = `sampling.response_len` tokens a row.
+    """
+    chex.assert_rank([prompts, prompt_lengths], [2, 1])
+    (B, P), R = prompts.shape, sampling.response_len
+    if P + R > model.max_len:
+        raise ValueError(
+            f"prompt_len {P} + response_len {R} exceeds the model's max_len "
+            f"{model.max_len}; shorten them or raise model.max_len"
+        )
+    stem = P - 1
+    in_prompt = jnp.arange(stem)[None] < prompt_lengths[:, None] - 1
+    columns = jnp.arange(stem + R)[None]
+    last = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)[:, 0]
+
+    def body(carry):
+        t, tokens, alive, cache, rollout = carry
+        mask = jnp.concatenate([in_prompt, jnp.ones((B, R), bool)], axis=1) & (
+            columns <= stem + t
+        )
+        hidden, cache = decode_step(
+            params, cache, tokens, prompt_lengths - 1 + t, stem + t, mask, model
+        )
+        logits = contract_logits(lm_logits(params, hidden), temperature, sampling)
+        uniforms = jax.random.uniform(jax.random.fold_in(key, t), (B,))
+        drawn, logprobs = sample_tokens(uniforms, logits)
+        drawn = jnp.where(alive, drawn, pad_id)
+        put = jax.lax.dynamic_update_slice
+        rollout = Rollout(
+            responses=put(rollout.responses, drawn[:, None], (0, t)),
+            lengths=rollout.lengths + alive.astype(jnp.int32),
+            ended=rollout.ended | (alive & (drawn == eos_id)),
+            logprobs=put(
+                rollout.logprobs, jnp.where(alive, logprobs, 0.0)[:, None], (0, t)
+            ),
+        )
+        return t + 1, drawn, alive & (drawn != eos_id), cache, rollout
+
+    empty = Rollout(
+        responses=jnp.full((B, R), pad_id, jnp.int32),
+        lengths=jnp.zeros((B,), jnp.int32),
+        ended=jnp.zeros((B,), bool),
+        logprobs=jnp.zeros((B, R), jnp.float32),
+    )
+    alive = jnp.ones((B,), bool)
+    carry = (jnp.int32(0), last, alive, prefill(params, prompts, model, R), empty)
+    *_, rollout = jax.lax.while_loop(
+        lambda carry: (carry[0] < R) & jnp.any(carry[2]), body, carry
+    )
+    return rollout

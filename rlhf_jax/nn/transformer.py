@@ -1,0 +1,314 @@
+"""The GPT transformer as pure functions: parameters in, hidden states out.
+
+One block serves every use; only how positions attend to each other differs, so the
+attention is an argument of the block: causal over a sequence (training), K responses
+sharing one prompt (reward model, PPO), or one new token on a cache (decoding).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.nn.config import TransformerConfig
+
+Array = jax.Array
+Params = Any  # nested dict of float32 arrays; blocks stacked on a leading axis L
+Attend = Callable[[Array, Array, Array], Array]
+
+NEG_INF = -1e9  # finite, so that a row without any key gives no NaN
+
+
+def init_params(key: Array, cfg: TransformerConfig) -> Params:
+    """Draws GPT-2's initial parameters.
+
+    Weights ~ N(0, 0.02^2), those that write to the residual stream N(0, 0.02^2 / 2L),
+    positions N(0, 0.01^2), biases 0, norms 1.
+
+    Args:
+        key: typed PRNG key.
+        cfg: shape of the model.
+
+    Returns:
+        `embed` [V, D], `pos_embed` [max_len, D], `blocks` (leaves [L, ...]) and, for
+        pre-norm models, `final_norm`; all float32.
+
+    Source: Radford et al. 2019, section 2.3, and the released code (positions 0.01).
+        The 1/sqrt(2L) of the residual layers is in the paper only.
+    """
+    L, D, N, H, F = (
+        cfg.num_layers,
+        cfg.model_dim,
+        cfg.num_heads,
+        cfg.head_dim,
+        cfg.mlp_dim,
+    )
+    keys = iter(jax.random.split(key, 6))
+
+    def normal(std, *shape):
+        return std * jax.random.normal(next(keys), shape, jnp.float32)
+
+    def norm(*leading):
+        return {"scale": jnp.ones((*leading, D)), "bias": jnp.zeros((*leading, D))}
+
+    residual_std = 0.02 / (2 * L) ** 0.5
+    blocks = {
+        "attn_norm": norm(L),
+        "qkv": {"w": normal(0.02, L, D, 3, N, H), "b": jnp.zeros((L, 3, N, H))},
+        "attn_out": {"w": normal(residual_std, L, N, H, D), "b": jnp.zeros((L, D))},
+        "mlp_norm": norm(L),
+        "mlp_up": {"w": normal(0.02, L, D, F), "b": jnp.zeros((L, F))},
+        "mlp_down": {"w": normal(residual_std, L, F, D), "b": jnp.zeros((L, D))},
+    }
+    params = {
+        "embed": normal(0.02, cfg.vocab_size, D),
+        "pos_embed": normal(0.01, cfg.max_len, D),
+        "blocks": blocks,
+    }
+    if cfg.norm == "pre":
+        params["final_norm"] = norm()
+    return params
+
+
+def layer_norm(params: Params, x: Array) -> Array:
+    """Normalises the last axis in float32: (x - mean) / sqrt(var + 1e-5) scale + bias.
+
+    Args:
+        params: `scale` and `bias`, [D].
+        x: [..., D].
+
+    Returns:
+        [..., D] in the dtype of `x`.
+    """
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    centred = x32 - mean
+    var = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(var + 1e-5)
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    scale, bias = params["scale"].reshape(shape), params["bias"].reshape(shape)
+    return (y * scale + bias).astype(x.dtype)
+
+
+def _dense(params: Params, x: Array, equation: str) -> Array:
+    bias = params["b"].astype(x.dtype)
+    y = jnp.einsum(equation, x, params["w"].astype(x.dtype))
+    return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
+def _dropout(x: Array, rate: float, key: Array | None) -> Array:
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
+
+
+def block(
+    params: Params,
+    x: Array,
+    attend: Attend,
+    cfg: TransformerConfig,
+    key: Array | None = None,
+) -> Array:
+    """Applies one block: attention, then MLP, each added to the residual stream.
+
+    pre-LN:  a = x + Attn(LN(x)),  y = a + MLP(LN(a))
+    post-LN: a = LN(x + Attn(x)),  y = LN(a + MLP(a))
+    MLP(h) = W2 gelu(W1 h + b1) + b2 with the tanh form of gelu.
+
+    Args:
+        params: one layer of `blocks`, without the leading axis.
+        x: residual stream, [B, T, D].
+        attend: `(q, k, v) -> out`, each [B, T, N, H].
+        cfg: reads `norm` and `dropout`.
+        key: of the dropout masks; None turns dropout off.
+
+    Returns:
+        [B, T, D], the dtype of `x`.
+
+    Source: Radford et al. 2018 (post-LN) and 2019 (pre-LN), and the released code.
+    """
+    keys = (None, None) if key is None else tuple(jax.random.split(key))
+    pre = cfg.norm == "pre"
+
+    h = layer_norm(params["attn_norm"], x) if pre else x
+    qkv = _dense(params["qkv"], h, "btd,dcnh->btcnh")
+    out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+    out = _dense(params["attn_out"], out, "btnh,nhd->btd")
+    x = x + _dropout(out, cfg.dropout, keys[0])
+    x = x if pre else layer_norm(params["attn_norm"], x)
+
+    h = layer_norm(params["mlp_norm"], x) if pre else x
+    h = jax.nn.gelu(_dense(params["mlp_up"], h, "btd,df->btf"), approximate=True)
+    out = _dense(params["mlp_down"], h, "btf,fd->btd")
+    x = x + _dropout(out, cfg.dropout, keys[1])
+    return x if pre else layer_norm(params["mlp_norm"], x)
+
+
+def embed(params: Params, tokens: Array, positions: Array, dtype: str) -> Array:
+    """Adds token and position embeddings: ids and positions [B, T] -> [B, T, D]."""
+    x = params["embed"][tokens] + params["pos_embed"][positions]
+    return x.astype(dtype)
+
+
+def final_norm(params: Params, x: Array) -> Array:
+    """Normalises the residual stream [..., D] of a pre-LN model; else the identity."""
+    return layer_norm(params["final_norm"], x) if "final_norm" in params else x
+
+
+def transformer(
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    attend: Attend,
+    cfg: TransformerConfig,
+    key: Array | None = None,
+) -> Array:
+    """Runs all blocks on [B, T] tokens with a given attention pattern.
+
+    Args:
+        params: of `init_params`.
+        tokens: int32, [B, T].
+        positions: int32 in [0, max_len), [B, T]; explicit, so that padding and shared
+            prompts cannot move them.
+        attend: which key each query reads, see the module.
+        cfg: shape, dtype, norm, dropout, remat.
+        key: of dropout; None turns it off.
+
+    Returns:
+        Hidden states after the last norm, [B, T, D], in `cfg.dtype`; heads are apart.
+    """
+    chex.assert_rank([tokens, positions], 2)
+    chex.assert_equal_shape([tokens, positions])
+    x = embed(params, tokens, positions, cfg.dtype)
+    apply = functools.partial(block, attend=attend, cfg=cfg)
+    if cfg.remat:
+        apply = jax.checkpoint(apply)  # type: ignore[assignment]
+
+    def layer(x, layer_params_and_index):
+        layer_params, index = layer_params_and_index
+        layer_key = None if key is None else jax.random.fold_in(key, index)
+        return apply(layer_params, x, key=layer_key), None
+
+    layers = jnp.arange(cfg.num_layers)
+    x, _ = jax.lax.scan(layer, x, (params["blocks"], layers))
+    return final_norm(params, x)
+
+
+def causal_attention(q: Array, k: Array, v: Array) -> Array:
+    """Softmax attention of each position to itself and those before it.
+
+    softmax(q k^T / sqrt(H) + causal mask) v, the softmax in float32. Padding needs no
+    mask here as long as it stands to the right: no real position reads it.
+
+    Args:
+        q, k, v: [B, T, N, H].
+
+    Returns:
+        [B, T, N, H], the dtype of `v`.
+    """
+    scores = _scores("btnh,bsnh->bnts", q, k)
+    T = q.shape[1]
+    mask = jnp.tril(jnp.ones((T, T), bool))
+    weights = jax.nn.softmax(jnp.where(mask[None, None], scores, NEG_INF), axis=-1)
+    return jnp.einsum("bnts,bsnh->btnh", weights.astype(v.dtype), v)
+
+
+def _scores(equation: str, q: Array, k: Array) -> Array:
+    scale = q.shape[-1] ** -0.5
+    return scale * jnp.einsum(equation, q, k, preferred_element_type=jnp.float32)
+
+
+def forward(
+    params: Params, tokens: Array, cfg: TransformerConfig, key: Array | None = None
+) -> Array:
+    """Hidden states of right-padded sequences under causal attention.
+
+    Args:
+        params: of `init_params`.
+        tokens: int32, [B, T], T <= max_len; padding on the right.
+        cfg: shape of the model.
+        key: of dropout; None turns it off.
+
+    Returns:
+        [B, T, D]: position t has read tokens[..t]. Positions of padding hold garbage
+        that no real position has read; give them weight 0.
+    """
+    chex.assert_rank(tokens, 2)
+    _check_length(tokens.shape[1], cfg)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    return transformer(params, tokens, positions, causal_attention, cfg, key)
+
+
+def forward_responses(
+    params: Params,
+    prompts: Array,
+    prompt_lengths: Array,
+    responses: Array,
+    cfg: TransformerConfig,
+) -> Array:
+    """Hidden states of K responses to one prompt, the prompt computed once.
+
+    Each response attends to its prompt and itself, positions restart after the prompt:
+    exactly the states of K separate sequences, from P + K R instead of K (P + R)
+    positions.
+
+    Args:
+        params: of `init_params`.
+        prompts: int32, [B, P], right-padded.
+        prompt_lengths: int32 >= 1, [B].
+        responses: int32, [B, K, R], right-padded.
+        cfg: shape of the model, P + R <= max_len.
+
+    Returns:
+        [B, K, R + 1, D]. Index t has read the prompt and responses[..., :t]: it decides
+        token t, and index `response_length` is the state after the last real token,
+        where a reward model reads.
+    """
+    chex.assert_rank([prompts, prompt_lengths, responses], [2, 1, 3])
+    (B, P), (_, K, R) = prompts.shape, responses.shape
+    _check_length(P + R, cfg)
+    last = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)  # [B, 1]
+    starts = jnp.broadcast_to(last[:, :, None], (B, K, 1))
+    branches = jnp.concatenate([starts, responses], axis=2)  # [B, K, R + 1]
+    tokens = jnp.concatenate([prompts[:, :-1], branches.reshape(B, -1)], axis=1)
+    stem = P - 1  # the last prompt token starts each branch
+    positions = jnp.concatenate(
+        [
+            jnp.broadcast_to(jnp.arange(stem)[None], (B, stem)),
+            jnp.tile(prompt_lengths[:, None] - 1 + jnp.arange(R + 1)[None], (1, K)),
+        ],
+        axis=1,
+    )
+    valid = jnp.arange(stem)[None] < prompt_lengths[:, None] - 1  # [B, P - 1]
+    causal = jnp.tril(jnp.ones((R + 1, R + 1), bool))[None, None, None]
+
+    def attend(q, k, v):
+        def split(x):  # [B, P - 1, N, H] and [B, K, R + 1, N, H]
+            return x[:, :stem], x[:, stem:].reshape(B, K, R + 1, *x.shape[2:])
+
+        (q_stem, q_own), (k_stem, k_own), (v_stem, v_own) = split(q), split(k), split(v)
+        out_stem = causal_attention(q_stem, k_stem, v_stem) if stem else v_stem
+        to_stem = _scores("bktnh,bsnh->bknts", q_own, k_stem)
+        to_own = _scores("bktnh,bksnh->bknts", q_own, k_own)
+        to_stem = jnp.where(valid[:, None, None, None], to_stem, NEG_INF)
+        to_own = jnp.where(causal, to_own, NEG_INF)
+        weights = jax.nn.softmax(jnp.concatenate([to_stem, to_own], -1), axis=-1)
+        weights = weights.astype(v.dtype)
+        out = jnp.einsum("bknts,bsnh->bktnh", weights[..., :stem], v_stem)
+        out += jnp.einsum("bknts,bksnh->bktnh", weights[..., stem:], v_own)
+        return jnp.concatenate([out_stem, out.reshape(B, -1, *out.shape[3:])], axis=1)
+
+    hidden = transformer(params, tokens, positions, attend, cfg)
+    return hidden[:, stem:].reshape(B, K, R + 1, -1)
+
+
+def _check_length(length: int, cfg: TransformerConfig) -> None:
+    if length > cfg.max_len:
+        raise ValueError(
+            f"sequences of {length} tokens do not fit the model's max_len "
+            f"{cfg.max_len}; shorten prompt_len + response_len or raise model.max_len"
+        )

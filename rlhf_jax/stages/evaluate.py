@@ -1,0 +1,348 @@
+"""Held-out evaluation of every model of a run: what each stage changed."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data import simulation
+from rlhf_jax.data.sources import DataError
+from rlhf_jax.evaluation.statistics import (
+    mean_estimate,
+    paired_difference,
+    preference_rate,
+)
+from rlhf_jax.nn.sampling import Sampling
+from rlhf_jax.stages.collect import cut_few_shot, few_shot_examples
+from rlhf_jax.stages.common import Context, Model, check_compatible, load_model
+from rlhf_jax.stages.ppo_run import fitting
+from rlhf_jax.stages.pretrain import corpus_batches, sum_logprobs
+from rlhf_jax.stages.scoring import Response, Sampler, response_scores, sequence_kl
+from rlhf_jax.training.mesh import replicated, shard_batch
+from rlhf_jax.training.run_dir import read_json, write_text
+
+MODELS = {
+    "gpt": "pretrain",
+    "gpt_few_shot": "pretrain",
+    "sft": "sft_selected",
+    "sft_rl": "sft_rl",
+    "ppo": "ppo",
+    "ppo_ptx": "ppo_ptx",
+}
+"""Names in the report, and the stages they come from."""
+
+DIFFERENCES = {
+    "gold_score": (
+        ("gpt_few_shot", "gpt"),
+        ("sft", "gpt_few_shot"),
+        ("ppo", "sft"),
+        ("ppo_ptx", "sft"),
+    ),
+    "pretrain_loss": (("ppo", "sft_rl"), ("ppo_ptx", "sft_rl"), ("ppo", "ppo_ptx")),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Held-out evaluation."""
+
+    num_prompts: int = 400
+    """Held-out prompts."""
+    num_samples: int = 1
+    """Responses of each model to each prompt."""
+    prompt_len: int = 1024
+    """Longest prompt in tokens, few-shot examples included."""
+    question_len: int = 512
+    """Longest prompt in tokens without few-shot examples; others are left out."""
+    sampling: Sampling = Sampling()
+    """The distribution responses are drawn from."""
+    num_few_shot: int = 3
+    """Solved examples before the prompt for few-shot-prompted GPT."""
+    batch_size: int = 128
+    """Prompts sampled at a time."""
+    text_len: int = 1024
+    """Tokens per row of held-out pre-training text."""
+    text_batches: int = 32
+    """Batches of 8 rows of held-out pre-training text."""
+
+
+def run(cfg: EvaluateConfig, ctx: Context) -> None:
+    """Samples from every finished model and measures it into RUN/evaluate.
+
+    Samples of each model are kept as they come: an interrupted evaluation goes on with
+    the next model.
+    """
+    stage = ctx.stage("evaluate")
+    parents = {n: ctx.stage(n) for n in dict.fromkeys(MODELS.values())}
+    parents["reward_model"] = ctx.stage("reward_model")
+    sources = ctx.inputs.fingerprint(("eval_prompts", "test"), ("corpus", "valid"))
+    stage.open("evaluate", (cfg, ctx.seed), sources, parents)
+    if stage.done:
+        return
+    reward = load_model(parents["reward_model"], ctx.mesh, "reward_model")
+    reference = load_model(parents["sft_rl"], ctx.mesh, "language_model")
+    check_compatible("reward_model", reward, "sft_rl", reference)
+    records = ctx.inputs.read("eval_prompts", "test")
+    prompts = list(dict.fromkeys(records[i].prompt for i in range(len(records))))
+    prompts = fitting(prompts, reference, cfg.question_len)[: cfg.num_prompts]
+    if not prompts:
+        raise DataError(f"no held-out prompt has at most {cfg.question_len} tokens")
+    results = {}
+    for name, parent in MODELS.items():
+        path = stage.path / "models" / f"{name}.json"
+        if not path.exists():
+            print(f"evaluate: {name}", flush=True)
+            model = load_model(parents[parent], ctx.mesh, "language_model")
+            measured = measure_model(name, model, reference, reward, prompts, cfg, ctx)
+            write_text(path, json.dumps(measured))
+        results[name] = read_json(path)
+    judge_results(results, prompts, ctx)
+    report = summarize(results, prompts, cfg, ctx)
+    write_text(stage.path / "evaluation.json", json.dumps(report, indent=2))
+    lines = sample_lines(results, prompts, ctx)
+    write_text(
+        stage.path / "samples.jsonl", "".join(json.dumps(x) + "\n" for x in lines)
+    )
+    stage.finish({"num_prompts": len(prompts)})
+
+
+def measure_model(
+    name: str,
+    model: Model,
+    reference: Model,
+    reward: Model,
+    prompts: Sequence[str],
+    cfg: EvaluateConfig,
+    ctx: Context,
+) -> dict[str, Any]:
+    """Samples of one model with their rewards, KL to the reference, and its LM loss.
+
+    Returns:
+        Lists over prompts of lists over samples: texts, ended, lengths, rewards, and kl
+        (null for few-shot prompting, whose prompt the reference does not see); and
+        pretrain_losses, nats per token of each batch of held-out text.
+    """
+    few_shot = name == "gpt_few_shot"
+    given = list(prompts)
+    if few_shot:
+        examples = few_shot_examples(ctx, cfg.num_few_shot)
+        given = [model.format.few_shot_prompt(examples, p) for p in prompts]
+    sampler = Sampler(model, cfg.sampling, cfg.prompt_len, cfg.batch_size, ctx)
+    temperature = jnp.float32(cfg.sampling.temperature)
+
+    @functools.partial(jax.jit, out_shardings=replicated(ctx.mesh))
+    def kl(policy, ref, prompts, prompt_lengths, rollout):
+        contract = (temperature, cfg.sampling, model.cfg)
+        return sequence_kl(policy, ref, prompts, prompt_lengths, rollout, *contract)
+
+    measures = {"kl": functools.partial(kl, model.params, reference.params)}
+    measured: dict[str, Any] = {"texts": [], "ended": [], "lengths": [], "kl": []}
+    measured["rewards"] = []
+    score = make_scorer(reward, reference, cfg, ctx)
+    for sample in range(cfg.num_samples):
+        key = jax.random.fold_in(ctx.key("evaluate"), sample)
+        responses, values = sampler.measured(model.params, given, key, measures)
+        if few_shot:
+            responses = [cut_few_shot(r, model.format.separator) for r in responses]
+        measured["texts"].append([r.text for r in responses])
+        measured["ended"].append([r.ended for r in responses])
+        measured["lengths"].append([len(r.ids) for r in responses])
+        measured["rewards"].append(score(prompts, responses))
+        measured["kl"].append(None if few_shot else values["kl"].tolist())
+    measured["pretrain_losses"] = pretrain_losses(model, cfg, ctx)
+    return measured
+
+
+def make_scorer(reward: Model, reference: Model, cfg: EvaluateConfig, ctx: Context):
+    """Returns `(prompts, responses) -> rewards`, of texts under the bare prompt."""
+    R = cfg.sampling.response_len
+    devices = len(ctx.mesh.devices.flat)
+    rows = -(-cfg.batch_size // devices) * devices
+    scores = jax.jit(
+        functools.partial(response_scores, model=reward.cfg),
+        out_shardings=replicated(ctx.mesh),
+    )
+    tokenizer = reward.tokenizer
+
+    def score(prompts: Sequence[str], responses: Sequence[Response]) -> list[float]:
+        out: list[float] = []
+        for first in range(0, len(prompts), rows):
+            ids = np.full((rows, cfg.question_len), tokenizer.pad_id, np.int32)
+            answers = np.full((rows, 1, R), tokenizer.pad_id, np.int32)
+            prompt_lengths = np.ones((rows,), np.int32)
+            lengths = np.zeros((rows, 1), np.int32)
+            part = range(first, min(first + rows, len(prompts)))
+            for row, n in enumerate(part):
+                prompt = reference.format.encode_prompt(tokenizer, prompts[n])
+                # a text may encode to more ids than were sampled: the rest is cut
+                answer = reference.format.encode_response(
+                    tokenizer, responses[n].text, responses[n].ended
+                )[:R]
+                ids[row, : len(prompt)] = prompt
+                prompt_lengths[row] = len(prompt)
+                answers[row, 0, : len(answer)] = answer
+                lengths[row, 0] = len(answer)
+            batch = shard_batch(ctx.mesh, (ids, prompt_lengths, answers, lengths))
+            out += np.asarray(scores(reward.params, *batch))[: len(part), 0].tolist()
+        return out
+
+    return score
+
+
+def pretrain_losses(model: Model, cfg: EvaluateConfig, ctx: Context) -> list[float]:
+    """Held-out pre-training loss of each batch, in nats per token."""
+    text = corpus_batches(ctx, model.tokenizer, "valid", 8, cfg.text_len, None)
+    sums = jax.jit(functools.partial(sum_logprobs, model=model.cfg))
+    losses = []
+    for step in range(min(cfg.text_batches, text.steps_per_epoch)):
+        total, count = sums(model.params, shard_batch(ctx.mesh, text(step)))
+        losses.append(-float(total) / float(count))
+    return losses
+
+
+def judge_results(
+    results: dict[str, Any], prompts: Sequence[str], ctx: Context
+) -> None:
+    """Adds gold scores, metadata labels and preferences over SFT to every model.
+
+    With simulated labelers each prompt's preference is the mean over the held-out
+    labelers, who rank the model's response against SFT's; otherwise the reward model
+    judges. A tie counts half.
+    """
+    labelers, judge = [], None
+    if ctx.inputs.simulated:
+        _, _, judge, people = simulation.load_campaign(ctx.inputs.root)
+        labelers = [labeler for labeler in people if labeler.held_out]
+    sft = results["sft"]
+    for model in results.values():
+        num_samples = len(model["texts"])
+        model["gold"], model["labels"], model["preferences"] = [], [], []
+        for s in range(num_samples):
+            rows = list(zip(prompts, model["texts"][s], model["ended"][s], strict=True))
+            if judge is not None:
+                model["gold"].append([judge.gold_score(*row) for row in rows])
+                model["labels"].append([judge.metadata_labels(*row) for row in rows])
+            if labelers:
+                rng = np.random.default_rng(ctx.data_seed(f"evaluate/judge/{s}"))
+                preferences = []
+                for n, (prompt, text, ended) in enumerate(rows):
+                    pair = ([text, sft["texts"][s][n]], [ended, sft["ended"][s][n]])
+                    ranks = [x.rank(prompt, *pair, rng) for x in labelers]
+                    preferences.append([float(np.sign(b - a)) for a, b in ranks])
+            else:
+                margins = np.subtract(model["rewards"][s], sft["rewards"][s])
+                preferences = np.sign(margins)[:, None].tolist()
+            model["preferences"].append(preferences)
+
+
+def summarize(
+    results: dict[str, Any], prompts: Sequence[str], cfg: EvaluateConfig, ctx: Context
+) -> dict[str, Any]:
+    """Estimates with intervals, clustered by prompt, as the report reads them."""
+
+    def estimate(values: Any, keep_none: bool = False) -> Any:
+        """Of [samples][prompts] values."""
+        table = np.asarray(values, np.float64)
+        clusters = np.tile(np.arange(table.shape[1]), table.shape[0])
+        flat = table.reshape(-1)
+        if keep_none:
+            clusters, flat = clusters[~np.isnan(flat)], flat[~np.isnan(flat)]
+        if flat.size == 0:
+            return None
+        one_each = table.shape[0] == 1
+        return mean_estimate(flat, None if one_each else clusters).to_json()
+
+    def label(model: dict[str, Any], name: str, negate: bool = False) -> Any:
+        def number(x: Any) -> float:
+            return float("nan") if x is None else float(x != negate)
+
+        rows = [[number(x[name]) for x in sample] for sample in model["labels"]]
+        return estimate(rows, keep_none=True)
+
+    models = {}
+    for name, model in results.items():
+        preferences = np.asarray(model["preferences"])  # [samples, prompts, judges]
+        models[name] = {
+            "gold_score": estimate(model["gold"]) if model["gold"] else None,
+            "reward": estimate(model["rewards"]),
+            "win_rate_vs_sft": preference_rate(
+                (preferences.mean(axis=(0, 2)) + 1.0) / 2.0
+            ).to_json(),
+            "wins": float(np.mean(preferences > 0)),
+            "ties": float(np.mean(preferences == 0)),
+            "losses": float(np.mean(preferences < 0)),
+            "kl_to_reference": None
+            if model["kl"][0] is None
+            else estimate(model["kl"]),
+            "response_length": estimate(model["lengths"]),
+            "eos_rate": estimate(np.asarray(model["ended"], float)),
+            "pretrain_loss": mean_estimate(model["pretrain_losses"]).to_json(),
+            "metadata": None
+            if not model["labels"]
+            else {
+                "follows_instruction": label(model, "fails_instruction", negate=True),
+                "meets_constraints": label(model, "violates_constraint", negate=True),
+                "invents_facts": label(model, "hallucination"),
+                "inappropriate": label(model, "inappropriate"),
+            },
+        }
+
+    def difference(key: str, a: str, b: str) -> Any:
+        x, y = np.asarray(results[a][key]), np.asarray(results[b][key])
+        if x.ndim == 2:
+            x, y = x.mean(0), y.mean(0)
+        return paired_difference(x, y).to_json()
+
+    pairs = DIFFERENCES["gold_score"]
+    differences = {
+        "pretrain_loss": {
+            f"{a}-{b}": difference("pretrain_losses", a, b)
+            for a, b in DIFFERENCES["pretrain_loss"]
+        },
+        "reward": {f"{a}-{b}": difference("rewards", a, b) for a, b in pairs},
+    }
+    if results["sft"]["gold"]:
+        differences["gold_score"] = {
+            f"{a}-{b}": difference("gold", a, b) for a, b in pairs
+        }
+    return {
+        "judge": "simulated labelers" if ctx.inputs.simulated else "reward model",
+        "num_prompts": len(prompts),
+        "num_samples": cfg.num_samples,
+        "temperature": cfg.sampling.temperature,
+        "seed": ctx.seed,
+        "models": models,
+        "differences": differences,
+    }
+
+
+def sample_lines(
+    results: dict[str, Any], prompts: Sequence[str], ctx: Context
+) -> list[dict[str, Any]]:
+    """The first sample of every model side by side, a line per prompt."""
+    judge = (
+        simulation.load_campaign(ctx.inputs.root)[2] if ctx.inputs.simulated else None
+    )
+    lines = []
+    for n, prompt in enumerate(prompts):
+        first = {name: model["texts"][0][n] for name, model in results.items()}
+        lines.append(
+            {
+                "prompt": prompt,
+                "use_case": None
+                if judge is None
+                else judge.parse_prompt(prompt).use_case,
+                "responses": first,
+                "ended": {name: m["ended"][0][n] for name, m in results.items()},
+                "rewards": {name: m["rewards"][0][n] for name, m in results.items()},
+                "gold_scores": None
+                if judge is None
+                else {name: m["gold"][0][n] for name, m in results.items()},
+            }
+        )
+    return lines

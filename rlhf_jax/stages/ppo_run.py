@@ -1,0 +1,207 @@
+"""The stage around `ppo_update`: models in, batches, held-out looks, the policy out."""
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data.batches import TokenBatch, prompt_batches
+from rlhf_jax.nn.heads import init_scalar_head
+from rlhf_jax.stages.common import (
+    Context,
+    Model,
+    check_compatible,
+    load_model,
+    save_model,
+)
+from rlhf_jax.stages.invariants import check_invariants, warn_of_trouble
+from rlhf_jax.stages.ppo import ppo_update
+from rlhf_jax.stages.ppo_state import (
+    Frozen,
+    PPOConfig,
+    PPOInputs,
+    PPOState,
+    init_ppo_state,
+)
+from rlhf_jax.stages.pretrain import corpus_batches, make_heldout_loss
+from rlhf_jax.stages.scoring import Sampler, reward_measure, sequence_kl
+from rlhf_jax.training.loop import run_loop
+from rlhf_jax.training.mesh import jit_step, replicated, state_sharding
+
+
+def make_inputs(cfg: PPOConfig, reference: Model, ctx: Context, name: str) -> Any:
+    """Step -> this process's rows of `PPOInputs`: prompts and pre-training text."""
+    prompts = prompt_batches(
+        ctx.inputs.read("ppo_prompts", "train"),  # type: ignore[arg-type]
+        reference.tokenizer,
+        reference.format,
+        cfg.batch_size,
+        cfg.prompt_len,
+        ctx.data_seed("ppo"),  # PPO and PPO-ptx see the same prompts
+        shard=ctx.shard,
+    )
+    text = None
+    if cfg.num_ptx_rows:
+        text = corpus_batches(
+            ctx,
+            reference.tokenizer,
+            "train",
+            cfg.num_ptx_rows,
+            cfg.ptx_len,
+            ctx.data_seed(f"{name}/ptx"),
+        )
+    empty = np.zeros((0, cfg.ptx_len), np.int32)
+    no_text = TokenBatch(empty, empty, empty.astype(np.float32))
+
+    def inputs(step: int) -> PPOInputs:
+        batch = prompts(step)
+        ptx = no_text if text is None else text(step)
+        return PPOInputs(
+            prompts=batch.prompts,
+            prompt_lengths=batch.prompt_lengths,
+            ptx_tokens=ptx.tokens,
+            ptx_targets=ptx.targets,
+            ptx_mask=ptx.weights > 0,
+        )
+
+    return inputs
+
+
+def make_state(
+    cfg: PPOConfig, reference: Model, reward: Model, key: jax.Array, mesh: Any
+) -> tuple[PPOState, Any]:
+    """State before the first iteration, on the mesh, and its shardings."""
+
+    def make(policy, value):
+        return init_ppo_state(policy, value, cfg.kl_coef, key)
+
+    if cfg.value == "separate":
+        value = jax.tree.map(jnp.copy, reward.params)
+    else:
+        head = init_scalar_head(key, reference.cfg.model_dim)
+        value = {"head": head | {"w": jnp.zeros_like(head["w"])}}
+    sharding = state_sharding(mesh, jax.eval_shape(make, reference.params, value))
+    return jax.jit(make, out_shardings=sharding)(reference.params, value), sharding
+
+
+def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
+    """Optimises RUN/sft_rl against RUN/reward_model into RUN/`name`.
+
+    The policy handed on is the moving average of the weights.
+    """
+    stage = ctx.stage(name)
+    parents = {n: ctx.stage(n) for n in ("pretrain", "sft_rl", "reward_model")}
+    purposes = [("ppo_prompts", "train"), ("eval_prompts", "test"), ("corpus", "valid")]
+    if cfg.num_ptx_rows:
+        purposes.append(("corpus", "train"))
+    sources = ctx.inputs.fingerprint(*purposes)  # type: ignore[arg-type]
+    stage.open(name, (cfg, ctx.seed), sources, parents)
+    if stage.done:
+        return
+    reference = load_model(parents["sft_rl"], ctx.mesh, "language_model")
+    reward = load_model(parents["reward_model"], ctx.mesh, "reward_model")
+    check_compatible("sft_rl", reference, "reward_model", reward)
+
+    state, sharding = make_state(cfg, reference, reward, ctx.key(name), ctx.mesh)
+    frozen = Frozen(reference=reference.params, reward_model=reward.params)
+    scalars = cfg.scalars()
+    update = functools.partial(
+        ppo_update,
+        cfg=cfg,
+        model=reference.cfg,
+        reward_model=reward.cfg,
+        eos_id=reference.tokenizer.eos_id,
+        pad_id=reference.tokenizer.pad_id,
+    )
+    compiled = jit_step(update, ctx.mesh, sharding)
+    grads_like = {"policy": state.params["policy"], "value": state.params["value"]}
+
+    def check(update: int, values: dict[str, float]) -> None:
+        check_invariants(update, values, cfg, reference.cfg.vocab_size)
+        warn_of_trouble(update, values)
+
+    state = run_loop(
+        name=name,
+        directory=stage.path,
+        step_fn=lambda state, inputs: compiled(state, inputs, frozen, scalars),
+        state=state,
+        batches=make_inputs(cfg, reference, ctx, name),
+        num_steps=cfg.num_iterations,
+        mesh=ctx.mesh,
+        grads_like=grads_like,
+        cfg=cfg.loop,
+        evaluate=make_evaluate(cfg, reference, reward, ctx, name),
+        check=check,
+        show=("objective/score", "objective/kl", "policy/entropy"),
+    )
+    save_model(stage, dataclasses.replace(reference, params=state.ema))
+    stage.finish(
+        {"num_iterations": cfg.num_iterations, "kl_coef": float(state.kl_coef)}
+    )
+
+
+def make_evaluate(
+    cfg: PPOConfig, reference: Model, reward: Model, ctx: Context, name: str
+) -> Any:
+    """Returns `(state, step) -> metrics` on held-out prompts; keeps samples to read."""
+    records = ctx.inputs.read("eval_prompts", "test")
+    prompts = [records[i].prompt for i in range(len(records))]
+    prompts = fitting(prompts, reference, cfg.prompt_len)[: cfg.eval_prompts]
+    sampler = Sampler(reference, cfg.sampling, cfg.prompt_len, 128, ctx)
+    text = corpus_batches(ctx, reference.tokenizer, "valid", 8, cfg.ptx_len, None)
+    pretrain_loss = make_heldout_loss(reference.cfg, text, ctx.mesh, 16)
+    temperature = jnp.float32(cfg.sampling.temperature)
+
+    @functools.partial(jax.jit, out_shardings=replicated(ctx.mesh))
+    def kl(policy, ref, prompts, prompt_lengths, rollout):
+        return sequence_kl(
+            policy,
+            ref,
+            prompts,
+            prompt_lengths,
+            rollout,
+            temperature,
+            cfg.sampling,
+            reference.cfg,
+        )
+
+    def evaluate(state: PPOState, step: int) -> dict[str, float]:
+        policy = state.params["policy"]
+        measures = {
+            "score": reward_measure(reward, ctx.mesh),
+            "kl": functools.partial(kl, policy, reference.params),
+        }
+        key = ctx.key("ppo/heldout")
+        responses, values = sampler.measured(policy, prompts, key, measures)
+        with (ctx.stage(name).path / "samples.jsonl").open("a") as file:
+            for n in range(min(8, len(prompts))):
+                row = {
+                    "step": step,
+                    "prompt": prompts[n],
+                    "response": responses[n].text,
+                    "ended": responses[n].ended,
+                    "score": float(values["score"][n]),
+                }
+                file.write(json.dumps(row) + "\n")
+        return {
+            "heldout/score": float(values["score"].mean()),
+            "heldout/kl": float(values["kl"].mean()),
+            "heldout/eos_rate": float(np.mean([r.ended for r in responses])),
+            "heldout/length": float(np.mean([len(r.ids) for r in responses])),
+            "heldout/pretrain_loss": pretrain_loss(policy),
+        }
+
+    return evaluate
+
+
+def fitting(prompts: list[str], model: Model, prompt_len: int) -> list[str]:
+    """The prompts that fit; how many did not is told."""
+    ids = (model.format.encode_prompt(model.tokenizer, p) for p in prompts)
+    kept = [p for p, x in zip(prompts, ids, strict=True) if len(x) <= prompt_len]
+    if len(kept) < len(prompts):
+        print(f"{len(prompts) - len(kept)} prompts over {prompt_len} tokens left out")
+    return kept

@@ -1,0 +1,208 @@
+"""Pre-training: next-token prediction on packed documents."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data.batches import Batches, TokenBatch, packed_batches
+from rlhf_jax.data.inputs import cache_dir
+from rlhf_jax.data.prompts import PromptFormat
+from rlhf_jax.data.tokenizer import Tokenizer, train_tokenizer
+from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.nn.transformer import forward
+from rlhf_jax.objectives.language_modeling import next_token_loss, token_logprobs
+from rlhf_jax.objectives.masking import masked_sum
+from rlhf_jax.stages.common import Context, Model, init_model, save_model
+from rlhf_jax.training.loop import LoopConfig, run_loop
+from rlhf_jax.training.mesh import jit_step, shard_batch, state_sharding
+from rlhf_jax.training.optimizers import OptimizerConfig
+from rlhf_jax.training.state import init_state
+from rlhf_jax.training.step import make_train_step
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """SentencePiece BPE with byte fallback, trained on the corpus unless given."""
+
+    vocab_size: int = 50257
+    """Tokens, special ones and 256 bytes included."""
+    model: Path | None = None
+    """A trained `.model` file to use instead."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Pre-training of a GPT. Constants of GPT-3 (Brown et al. 2020, appendix B)."""
+
+    model: TransformerConfig = TransformerConfig()
+    """Shape of the model; its vocab_size is the tokenizer's."""
+    num_steps: int = 10000
+    """Updates."""
+    batch_size: int = 512
+    """Sequences per update."""
+    seq_len: int = 1024
+    """Tokens per sequence, T; documents are packed without gaps."""
+    num_microbatches: int = 1
+    """Sequential parts of each batch, to save memory."""
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=6e-4, warmup_steps=700, weight_decay=0.1
+    )
+    """AdamW, cosine to 10 % (GPT-3 small: 6e-4, decay 0.1)."""
+    eval_batches: int = 20
+    """Held-out batches per evaluation."""
+    loop: LoopConfig = LoopConfig()
+    """How often to save and evaluate."""
+
+
+def lm_loss(
+    params: Any, batch: TokenBatch, key: Array, *, model: TransformerConfig
+) -> tuple[Array, dict[str, Array]]:
+    """Next-token loss of a batch: the loss of pre-training and of SFT.
+
+    -sum_t w_t log p(y_t | x_<=t)
+
+    Args:
+        params: transformer.
+        batch: tokens, targets and weights [B, T], the weights summing to 1 over the
+            global batch.
+        key: of dropout.
+        model: shape; its `dropout` applies.
+
+    Returns:
+        Scalar in nats per token; no extras.
+    """
+    hidden = forward(params, batch.tokens, model, key)
+    logprobs, _ = token_logprobs(hidden, params["embed"], batch.targets, lambda x: x)
+    return next_token_loss(logprobs, batch.weights), {}
+
+
+def sum_logprobs(
+    params: Any, batch: TokenBatch, *, model: TransformerConfig
+) -> tuple[Array, Array]:
+    """Summed log-probability of weighted targets [B, T] in nats, and their number."""
+    hidden = forward(params, batch.tokens, model)
+    logprobs, _ = token_logprobs(hidden, params["embed"], batch.targets, lambda x: x)
+    mask = (batch.weights > 0).astype(jnp.float32)
+    return masked_sum(logprobs, mask), jnp.sum(mask)
+
+
+def make_heldout_loss(
+    model: TransformerConfig,
+    batches: Batches,
+    mesh: jax.sharding.Mesh,
+    max_batches: int | None = None,
+) -> Callable[[Any], float]:
+    """Returns `params -> mean loss, nats per token` over held-out batches in order."""
+    sums = jax.jit(functools.partial(sum_logprobs, model=model))
+    count = batches.steps_per_epoch
+    count = count if max_batches is None else min(count, max_batches)
+    kept = [batches(step) for step in range(count)]
+
+    def heldout_loss(params: Any) -> float:
+        totals = [sums(params, shard_batch(mesh, batch)) for batch in kept]
+        logprob, tokens = np.sum(jax.device_get(totals), axis=0, dtype=np.float64)
+        return float(-logprob / tokens)
+
+    return heldout_loss
+
+
+def get_tokenizer(cfg: TokenizerConfig, ctx: Context) -> Tokenizer:
+    """The run's tokenizer: given, or trained once on the training corpus."""
+    if cfg.model is not None:
+        return Tokenizer.load(cfg.model)
+    path = ctx.stage("pretrain").path / "tokenizer.model"
+    if not path.exists():
+        corpus = ctx.inputs.read("corpus", "train")
+        documents = (corpus[i] for i in range(len(corpus)))
+        train_tokenizer(documents, cfg.vocab_size).save(path)
+    return Tokenizer.load(path)
+
+
+def corpus_batches(
+    ctx: Context,
+    tokenizer: Tokenizer,
+    split: str,
+    batch_size: int,
+    seq_len: int,
+    seed: int | None,
+) -> Batches:
+    """Packed windows of the corpus; `seed=None` reads them in order."""
+    return packed_batches(
+        ctx.inputs.read("corpus", split),  # type: ignore[arg-type]
+        tokenizer,
+        batch_size,
+        seq_len,
+        seed,
+        shard=ctx.shard,
+        cache_dir=cache_dir() / "tokens",
+    )
+
+
+def run(cfg: PretrainConfig, tokenizer_cfg: TokenizerConfig, ctx: Context) -> None:
+    """Pre-trains a model into RUN/pretrain, or goes on with it.
+
+    Args:
+        cfg: of this stage.
+        tokenizer_cfg: how the run's tokenizer is made.
+        ctx: the run.
+    """
+    stage = ctx.stage("pretrain")
+    sources = ctx.inputs.fingerprint(("corpus", "train"), ("corpus", "valid"))
+    stage.open("pretrain", (cfg, tokenizer_cfg, ctx.seed), sources, {})
+    if stage.done:
+        return
+    tokenizer = get_tokenizer(tokenizer_cfg, ctx)
+    model = dataclasses.replace(cfg.model, vocab_size=tokenizer.vocab_size)
+    batches = corpus_batches(
+        ctx, tokenizer, "train", cfg.batch_size, cfg.seq_len, ctx.data_seed("pretrain")
+    )
+    heldout = corpus_batches(ctx, tokenizer, "valid", cfg.batch_size, cfg.seq_len, None)
+    heldout_loss = make_heldout_loss(model, heldout, ctx.mesh, cfg.eval_batches)
+
+    key = ctx.key("pretrain")
+    make = lambda: init_state(  # noqa: E731
+        init_model("language_model", jax.random.fold_in(key, 0), model),
+        jax.random.fold_in(key, 1),
+    )
+    sharding = state_sharding(ctx.mesh, jax.eval_shape(make))
+    state = jax.jit(make, out_shardings=sharding)()
+    scalars = cfg.optimizer.scalars()
+    step = make_train_step(
+        functools.partial(lm_loss, model=model),
+        cfg.optimizer,
+        cfg.num_steps,
+        cfg.num_microbatches,
+    )
+    compiled = jit_step(step, ctx.mesh, sharding)
+    state = run_loop(
+        name="pretrain",
+        directory=stage.path,
+        step_fn=lambda state, batch: compiled(state, batch, scalars),
+        state=state,
+        batches=batches,
+        num_steps=cfg.num_steps,
+        mesh=ctx.mesh,
+        grads_like=state.params,
+        cfg=cfg.loop,
+        evaluate=lambda state, _: {"heldout/loss": heldout_loss(state.params)},
+    )
+    final = heldout_loss(state.params)
+    save_model(
+        stage, Model("language_model", state.params, model, tokenizer, PromptFormat())
+    )
+    stage.finish(
+        {
+            "heldout_loss": final,
+            "heldout_perplexity": float(np.exp(final)),
+            "tokens": cfg.num_steps * cfg.batch_size * cfg.seq_len,
+            "num_params": model.num_params,
+        }
+    )

@@ -1,0 +1,260 @@
+"""Sampling from a model and scoring with another, in batches of one compiled shape."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data.batches import prompt_batches
+from rlhf_jax.data.sources import DataError, Prompt
+from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.nn.heads import scalar_head
+from rlhf_jax.nn.sampling import Rollout, Sampling, contract_logits, generate
+from rlhf_jax.nn.transformer import forward_responses
+from rlhf_jax.objectives.language_modeling import token_logprobs
+from rlhf_jax.objectives.masking import response_mask
+from rlhf_jax.stages.common import Context, Model
+from rlhf_jax.training.mesh import replicated, shard_batch
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """One sampled response."""
+
+    text: str
+    """Decoded, without end-of-text."""
+    ids: np.ndarray
+    """int32, [number of tokens], end-of-text included."""
+    ended: bool
+    """Whether it ended by itself."""
+
+
+def policy_logprobs(
+    policy: Any,
+    prompts: Array,
+    prompt_lengths: Array,
+    responses: Array,
+    temperature: Array,
+    sampling: Sampling,
+    model: TransformerConfig,
+) -> tuple[Array, Array, Array]:
+    """Log-probabilities of responses under the sampling contract.
+
+    Args:
+        policy: transformer parameters.
+        prompts, prompt_lengths, responses: [B, P], [B], [B, R].
+        temperature: of the contract, traced.
+        sampling: reads `top_k`, `top_p`.
+        model: shape of the policy.
+
+    Returns:
+        log-probabilities and entropies [B, R] in nats, hidden states [B, R + 1, D].
+    """
+    hidden = forward_responses(
+        policy, prompts, prompt_lengths, responses[:, None], model
+    )[:, 0]
+    contract = functools.partial(contract_logits, temperature=temperature, cfg=sampling)
+    logprobs, entropy = token_logprobs(
+        hidden[:, :-1], policy["embed"], responses, contract
+    )
+    return logprobs, entropy, hidden
+
+
+def response_scores(
+    reward_model: Any,
+    prompts: Array,
+    prompt_lengths: Array,
+    responses: Array,
+    lengths: Array,
+    model: TransformerConfig,
+) -> Array:
+    """Scores of K responses to each prompt, read at their last real token.
+
+    Args:
+        reward_model: `{"transformer", "head"}`.
+        prompts, prompt_lengths: int32, [B, P] and [B].
+        responses, lengths: int32, [B, K, R] and [B, K].
+        model: shape of the reward model.
+
+    Returns:
+        float32, [B, K], reward units.
+
+    Source: Ouyang et al. 2022, section 3.5; the position is the family's convention
+        (Stiennon et al. 2020), InstructGPT did not publish it.
+    """
+    hidden = forward_responses(
+        reward_model["transformer"], prompts, prompt_lengths, responses, model
+    )
+    last = jnp.take_along_axis(hidden, lengths[:, :, None, None], axis=2)[:, :, 0]
+    return scalar_head(reward_model["head"], last)
+
+
+def sequence_kl(
+    policy: Any,
+    reference: Any,
+    prompts: Array,
+    prompt_lengths: Array,
+    rollout: Rollout,
+    temperature: Array,
+    sampling: Sampling,
+    model: TransformerConfig,
+) -> Array:
+    """Sum over each response of log pi - log pi_ref (k1): [B], nats per response."""
+    ids = (prompts, prompt_lengths, rollout.responses)
+    contract = (temperature, sampling, model)
+    logprobs, _, _ = policy_logprobs(policy, *ids, *contract)
+    ref_logprobs, _, _ = policy_logprobs(reference, *ids, *contract)
+    mask = response_mask(rollout.lengths, rollout.responses.shape[-1])
+    return jnp.sum(jnp.where(mask, logprobs - ref_logprobs, 0.0), axis=1)
+
+
+class Sampler:
+    """Samples from models of one shape and measures the samples, compiled once."""
+
+    def __init__(
+        self,
+        model: Model,
+        sampling: Sampling,
+        prompt_len: int,
+        batch_size: int,
+        ctx: Context,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+            model: gives shape, tokenizer and format; parameters come with each call.
+            sampling: contract.
+            prompt_len: longest prompt in tokens, P.
+            batch_size: prompts at a time, a multiple of the devices.
+            ctx: the run.
+        """
+        self.model, self.sampling = model, sampling
+        self._prompt_len, self._ctx = prompt_len, ctx
+        devices = len(ctx.mesh.devices.flat)
+        self._batch_size = -(-batch_size // devices) * devices
+        whole = replicated(ctx.mesh)
+        tokenizer = model.tokenizer
+        self._generate = jax.jit(
+            functools.partial(
+                generate,
+                eos_id=tokenizer.eos_id,
+                pad_id=tokenizer.pad_id,
+                model=model.cfg,
+                sampling=sampling,
+            ),
+            out_shardings=whole,
+        )
+        self._measures: dict[Callable, Callable] = {}
+
+    def __call__(
+        self, params: Any, prompts: Sequence[str], key: Array
+    ) -> list[Response]:
+        """One response to each prompt, in order; the key decides all randomness."""
+        return self.measured(params, prompts, key, {})[0]
+
+    def measured(
+        self,
+        params: Any,
+        prompts: Sequence[str],
+        key: Array,
+        measures: dict[str, Callable],
+    ) -> tuple[list[Response], dict[str, np.ndarray]]:
+        """Samples and measures of each sample.
+
+        Args:
+            params: of the policy.
+            prompts: texts, none longer than prompt_len tokens.
+            key: typed PRNG key; batch i uses `fold_in(key, i)`.
+            measures: name -> compiled `(prompts, prompt_lengths, rollout) -> [B]`.
+
+        Returns:
+            Responses, and each measure as an array, in the order of the prompts.
+
+        Raises:
+            DataError: if a prompt is longer than prompt_len.
+        """
+        batches = prompt_batches(
+            [Prompt(p) for p in prompts],
+            self.model.tokenizer,
+            self.model.format,
+            self._batch_size,
+            self._prompt_len,
+            None,
+        )
+        if batches.num_dropped:
+            raise DataError(
+                f"{batches.num_dropped} of {len(prompts)} prompts are longer than "
+                f"prompt_len {self._prompt_len}; raise prompt_len or leave them out"
+            )
+        temperature = jnp.float32(self.sampling.temperature)
+        responses: list[Response] = []
+        values: dict[str, list[np.ndarray]] = {name: [] for name in measures}
+        for step in range(batches.steps_per_epoch):
+            batch = shard_batch(self._ctx.mesh, batches(step))
+            rollout = self._generate(
+                params,
+                batch.prompts,
+                batch.prompt_lengths,
+                jax.random.fold_in(key, step),
+                temperature,
+            )
+            measured = {
+                name: measure(batch.prompts, batch.prompt_lengths, rollout)
+                for name, measure in measures.items()
+            }
+            rollout, measured = jax.device_get((rollout, measured))
+            count = min(len(prompts) - len(responses), self._batch_size)
+            for row in range(count):
+                ids = rollout.responses[row, : rollout.lengths[row]]
+                responses.append(
+                    Response(
+                        # the byte 0 is no text, as other bytes that decode to U+FFFD
+                        text=self.model.tokenizer.decode(ids).replace("\0", "\ufffd"),
+                        ids=ids,
+                        ended=bool(rollout.ended[row]),
+                    )
+                )
+            for name, x in measured.items():
+                values[name].append(x[:count])
+        return responses, {name: np.concatenate(x) for name, x in values.items()}
+
+
+def reward_measure(reward: Model, mesh: jax.sharding.Mesh) -> Callable:
+    """A measure for `Sampler.measured`: the reward model's score of each sample."""
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def score(params, prompts, prompt_lengths, rollout):
+        return response_scores(
+            params,
+            prompts,
+            prompt_lengths,
+            rollout.responses[:, None],
+            rollout.lengths[:, None],
+            reward.cfg,
+        )[:, 0]
+
+    return functools.partial(score, reward.params)
+
+
+def mean_reward(
+    model: Model,
+    reward: Model,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    ctx: Context,
+    seq_len: int,
+) -> float:
+    """Mean score of one sample to each prompt: reward units."""
+    prompt_len = min(model.cfg.max_len, seq_len) - sampling.response_len
+    sampler = Sampler(model, sampling, prompt_len, 64, ctx)
+    measures = {"reward": reward_measure(reward, ctx.mesh)}
+    _, values = sampler.measured(
+        model.params, prompts, ctx.key("sft_selected"), measures
+    )
+    return float(values["reward"].mean())

@@ -1,0 +1,222 @@
+"""Supervised fine-tuning on demonstrations: pre-training's loss on other batches."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from rlhf_jax.data.batches import Batches, TokenBatch, demonstration_batches
+from rlhf_jax.nn.sampling import Sampling
+from rlhf_jax.stages.common import (
+    Context,
+    check_compatible,
+    load_model,
+    save_model,
+)
+from rlhf_jax.stages.pretrain import corpus_batches, lm_loss, make_heldout_loss
+from rlhf_jax.stages.scoring import mean_reward
+from rlhf_jax.training.checkpoint import load_params, save_params
+from rlhf_jax.training.loop import LoopConfig, run_loop
+from rlhf_jax.training.mesh import jit_step, state_sharding
+from rlhf_jax.training.optimizers import OptimizerConfig
+from rlhf_jax.training.run_dir import RunDirError
+from rlhf_jax.training.state import init_state
+from rlhf_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Supervised fine-tuning. "IG" marks what InstructGPT published (appendix C)."""
+
+    num_epochs: int = 16
+    """Passes over the demonstrations (IG: 16; 2 for the initialisation of PPO)."""
+    batch_size: int = 32
+    """Demonstrations per update (IG: 32; 8 for 175B)."""
+    seq_len: int = 2048
+    """Longest prompt + response in tokens (IG: 2048); longer ones are dropped."""
+    loss_on: Literal["response", "all"] = "response"
+    """Tokens the loss is on (not published by IG)."""
+    dropout: float = 0.2
+    """Residual dropout (IG: 0.2)."""
+    pretrain_fraction: float = 0.0
+    """Weight, and share of the rows, of pre-training text in each batch (IG: 0.1 for
+    the initialisation of PPO; whether by rows or tokens is not published)."""
+    num_microbatches: int = 1
+    """Sequential parts of each batch, to save memory."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9.65e-6)
+    """AdamW, cosine to 10 %, no warm-up (IG: 9.65e-6 for 1.3B and 6B)."""
+    loop: LoopConfig = LoopConfig()
+    """How often to save and evaluate."""
+
+    def __post_init__(self):
+        if not 0.0 <= self.pretrain_fraction < 1.0:
+            raise ValueError(
+                f"pretrain_fraction must be in [0, 1), got {self.pretrain_fraction}"
+            )
+
+    @property
+    def num_pretrain_rows(self) -> int:
+        """Pre-training rows added to each batch."""
+        f = self.pretrain_fraction
+        return 0 if f == 0.0 else max(1, round(self.batch_size * f / (1.0 - f)))
+
+
+def mixed_batches(
+    demonstrations: Callable[[int], TokenBatch],
+    pretraining: Callable[[int], TokenBatch],
+    fraction: float,
+) -> Callable[[int], TokenBatch]:
+    """Batches whose loss is (1 - fraction) L_demonstrations + fraction L_pretraining.
+
+    Args:
+        demonstrations, pretraining: step -> rows [B, T], [B', T], weights summing to 1.
+        fraction: weight of the pre-training loss.
+
+    Returns:
+        step -> rows [B + B', T], weights summing to 1.
+    """
+
+    def batch(step: int) -> TokenBatch:
+        parts = (demonstrations(step), pretraining(step))
+        scaled = [
+            part.replace(weights=np.float32(w) * part.weights)  # type: ignore
+            for part, w in zip(parts, (1.0 - fraction, fraction), strict=True)
+        ]
+        return jax.tree.map(lambda *xs: np.concatenate(xs), *scaled)
+
+    return batch
+
+
+def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
+    """Fine-tunes RUN/pretrain on the demonstrations into RUN/`name`.
+
+    The parameters of every epoch are kept in RUN/`name`/epochs; `params` is the last
+    epoch until `select` chooses another by reward.
+    """
+    stage, parent = ctx.stage(name), ctx.stage("pretrain")
+    purposes = [("demonstrations", "train"), ("demonstrations", "valid")]
+    if cfg.num_pretrain_rows:
+        purposes.append(("corpus", "train"))
+    sources = ctx.inputs.fingerprint(*purposes)  # type: ignore[arg-type]
+    stage.open(name, (cfg, ctx.seed), sources, {"pretrain": parent})
+    if stage.done:
+        return
+    base = load_model(parent, ctx.mesh, "language_model")
+    model = dataclasses.replace(base.cfg, dropout=cfg.dropout)
+
+    def batches_of(split: str, seed: int | None) -> Batches:
+        return demonstration_batches(
+            ctx.inputs.read("demonstrations", split),  # type: ignore[arg-type]
+            base.tokenizer,
+            base.format,
+            cfg.batch_size,
+            cfg.seq_len,
+            seed,
+            loss_on=cfg.loss_on,
+            shard=ctx.shard,
+        )
+
+    train, valid = batches_of("train", ctx.data_seed(name)), batches_of("valid", None)
+    batches: Callable[[int], TokenBatch] = train
+    if cfg.num_pretrain_rows:
+        text = corpus_batches(
+            ctx,
+            base.tokenizer,
+            "train",
+            cfg.num_pretrain_rows,
+            cfg.seq_len,
+            ctx.data_seed(f"{name}/pretrain"),
+        )
+        batches = mixed_batches(train, text, cfg.pretrain_fraction)
+    heldout_loss = make_heldout_loss(base.cfg, valid, ctx.mesh)
+    num_steps = cfg.num_epochs * train.steps_per_epoch
+
+    key = ctx.key(name)
+    sharding = state_sharding(
+        ctx.mesh, jax.eval_shape(lambda: init_state(base.params, key))
+    )
+    state = jax.jit(init_state, out_shardings=sharding)(base.params, key)
+    scalars = cfg.optimizer.scalars()
+    step = make_train_step(
+        functools.partial(lm_loss, model=model),
+        cfg.optimizer,
+        num_steps,
+        cfg.num_microbatches,
+    )
+    compiled = jit_step(step, ctx.mesh, sharding)
+
+    def evaluate(state: Any, step: int) -> dict[str, float]:
+        epoch, rest = divmod(step, train.steps_per_epoch)
+        if epoch and not rest:
+            save_params(stage.path / "epochs" / f"{epoch:02d}", state.params)
+        return {"heldout/loss": heldout_loss(state.params)}
+
+    state = run_loop(
+        name=name,
+        directory=stage.path,
+        step_fn=lambda state, batch: compiled(state, batch, scalars),
+        state=state,
+        batches=batches,
+        num_steps=num_steps,
+        mesh=ctx.mesh,
+        grads_like=state.params,
+        cfg=dataclasses.replace(cfg.loop, eval_every=train.steps_per_epoch),
+        evaluate=evaluate,
+    )
+    save_model(stage, dataclasses.replace(base, params=state.params))
+    stage.finish(
+        {
+            "heldout_loss": heldout_loss(state.params),
+            "num_steps": num_steps,
+            "num_demonstrations": train.num_examples,
+            "num_dropped": train.num_dropped,
+        }
+    )
+
+
+def select(cfg: SFTConfig, ctx: Context, sampling: Sampling, name: str = "sft") -> None:
+    """Chooses the epoch of RUN/`name` by the reward of its samples, as InstructGPT did.
+
+    Samples a response to each validation prompt from the parameters of every epoch,
+    scores them by RUN/reward_model, and writes the best epoch to RUN/`name`/selected.
+
+    Args:
+        cfg: of the SFT stage.
+        ctx: the run.
+        sampling: contract of the samples.
+        name: SFT stage to choose from.
+
+    Source: Ouyang et al. 2022, section 3.5 and appendix C.1.
+    """
+    stage = ctx.stage(f"{name}_selected")
+    parents = {name: ctx.stage(name), "reward_model": ctx.stage("reward_model")}
+    sources = ctx.inputs.fingerprint(("demonstrations", "valid"))
+    stage.open("sft_selected", (sampling, ctx.seed), sources, parents)
+    if stage.done:
+        return
+    model = load_model(parents[name], ctx.mesh, "language_model")
+    reward = load_model(parents["reward_model"], ctx.mesh, "reward_model")
+    check_compatible(name, model, "reward_model", reward)
+    records = ctx.inputs.read("demonstrations", "valid")
+    prompts = [records[i].prompt for i in range(len(records))]
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        model.params,
+    )
+    rewards = {}
+    best: tuple[float, Any] | None = None
+    for path in sorted((parents[name].path / "epochs").iterdir()):
+        params = load_params(path, like)
+        candidate = dataclasses.replace(model, params=params)
+        rewards[path.name] = mean_reward(
+            candidate, reward, prompts, sampling, ctx, cfg.seq_len
+        )
+        if best is None or rewards[path.name] > best[0]:
+            best = (rewards[path.name], params)
+    if best is None:
+        raise RunDirError(f"{parents[name].path}/epochs is empty; run {name} again")
+    save_model(stage, dataclasses.replace(model, params=best[1]))
+    stage.finish({"reward_by_epoch": rewards, "reward": best[0]})

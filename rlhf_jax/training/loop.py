@@ -1,0 +1,169 @@
+"""The loop around a train step: batches, progress, metrics, checkpoints, signals."""
+
+import dataclasses
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rlhf_jax.training.checkpoint import Checkpoints
+from rlhf_jax.training.mesh import shard_batch
+from rlhf_jax.training.metrics import MetricsWriter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How often a stage looks at itself."""
+
+    checkpoint_every: int = 200
+    """Steps between checkpoints of the whole state (the last step is always kept)."""
+    eval_every: int = 100
+    """Steps between evaluations on held-out data (the last is always evaluated)."""
+
+
+class Stopped(SystemExit):
+    """Raised after a signal, when the state has been saved."""
+
+
+def run_loop(
+    *,
+    name: str,
+    directory: Path,
+    step_fn: Callable[[Any, Any], tuple[Any, Any]],
+    state: Any,
+    batches: Callable[[int], Any],
+    num_steps: int,
+    mesh: jax.sharding.Mesh,
+    grads_like: Any,
+    cfg: LoopConfig,
+    evaluate: Callable[[Any, int], dict[str, float]] | None = None,
+    check: Callable[[int, dict[str, float]], None] | None = None,
+    show: tuple[str, ...] = ("loss",),
+) -> Any:
+    """Runs a stage from its newest checkpoint to its last step.
+
+    Args:
+        name: shown at the progress bar.
+        directory: of the stage.
+        step_fn: compiled `(state, batch) -> (state, metrics)`; donates the state.
+        state: before step 0, on its devices; its `step` leaf counts updates.
+        batches: step -> this process's rows as NumPy arrays, pure.
+        num_steps: updates in all.
+        mesh: where batches go.
+        grads_like: names the leaves of the `nonfinite` metric.
+        cfg: how often to save and evaluate.
+        evaluate: `(state, step) -> host scalars`, at step 0, every `eval_every`, and at
+            the end.
+        check: called with the metrics of each step once they are on the host; raises
+            to stop the run.
+        show: metrics beside the progress bar.
+
+    Returns:
+        The state after `num_steps` updates.
+
+    Raises:
+        NonFiniteError: at the first non-finite gradient or metric; nothing of that step
+            or later is saved.
+        Stopped: after SIGTERM or SIGINT, with the state saved.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    sharding = jax.tree.map(lambda x: x.sharding, state)
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, sharding
+    )
+    checkpoints = Checkpoints(directory)
+    restored = checkpoints.restore_latest(like)
+    first = 0
+    if restored is not None:
+        first, state = restored
+        print(f"{name}: going on from step {first}", file=sys.stderr)
+    writer = MetricsWriter(directory, first, grads_like)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[metrics]}"),
+        console=Console(stderr=True),
+        disable=jax.process_index() != 0,
+    )
+    stop = _StopSignals()
+
+    def written(step: int, values: dict[str, float] | None) -> None:
+        if values is None:
+            return
+        if check is not None:
+            check(step, values)
+        shown = "  ".join(f"{k.split('/')[-1]} {values[k]:.4g}" for k in show)
+        progress.update(task, metrics=shown)
+
+    def save(step: int, state: Any) -> None:
+        written(step, writer.flush())  # an update is kept only once it was checked
+        checkpoints.save(step, state)
+
+    def look(step: int, state: Any) -> None:
+        if evaluate is not None:
+            written(step, writer.flush())
+            writer.write(step, evaluate(state, step))
+
+    try:
+        with stop, progress:
+            task = progress.add_task(name, total=num_steps, completed=first, metrics="")
+            if first == 0:
+                look(0, state)
+            for step in range(first, num_steps):
+                batch = shard_batch(mesh, batches(step))
+                state, metrics = step_fn(state, batch)
+                written(step, writer.push(step + 1, metrics))
+                progress.update(task, completed=step + 1)
+                done = step + 1
+                last = done == num_steps
+                if done % cfg.eval_every == 0 or last:
+                    look(done, state)
+                if done % cfg.checkpoint_every == 0 or last or stop.received:
+                    save(done, state)
+                if stop.received and not last:
+                    raise Stopped(
+                        f"{name}: stopped by {stop.received} after step {done}, state "
+                        "saved; run the same command to go on"
+                    )
+    finally:
+        checkpoints.close()
+        writer.close()
+    return state
+
+
+class _StopSignals:
+    """Turns SIGTERM and SIGINT into a flag while a loop runs (main thread only)."""
+
+    def __init__(self):
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number, _frame):
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

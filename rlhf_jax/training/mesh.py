@@ -1,0 +1,109 @@
+"""Devices: a mesh with data and fsdp axes, and the shardings shapes imply."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices are used; the results do not depend on it."""
+
+    fsdp: int = 1
+    """Devices that share one copy of the parameters; the others hold replicas."""
+
+    def make(self) -> Mesh:
+        """All devices of all processes as (data, fsdp)."""
+        count = jax.device_count()
+        if self.fsdp < 1 or count % self.fsdp:
+            raise ValueError(
+                f"fsdp = {self.fsdp} does not divide the {count} devices; "
+                f"valid: {[n for n in range(1, count + 1) if count % n == 0]}"
+            )
+        shape = (count // self.fsdp, self.fsdp)
+        auto = (AxisType.Auto, AxisType.Auto)
+        return jax.make_mesh(shape, ("data", "fsdp"), axis_types=auto)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, jax.P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows are dealt over all devices."""
+    return NamedSharding(mesh, jax.P(("data", "fsdp")))
+
+
+def state_sharding(mesh: Mesh, state: Any) -> Any:
+    """Cuts every leaf along its largest axis that the fsdp axis divides.
+
+    Args:
+        mesh: of `MeshConfig.make`.
+        state: pytree of arrays or shapes.
+
+    Returns:
+        The same tree of `NamedSharding`; leaves that cannot be cut are replicated.
+    """
+    size = mesh.shape["fsdp"]
+
+    def spec(x):
+        if size == 1 or jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return replicated(mesh)
+        fits = [i for i, n in enumerate(x.shape) if n % size == 0 and n >= size]
+        if not fits:
+            return replicated(mesh)
+        best = max(fits, key=lambda i: x.shape[i])
+        axes = ("fsdp" if i == best else None for i in range(x.ndim))
+        return NamedSharding(mesh, jax.P(*axes))
+
+    return jax.tree.map(spec, state)
+
+
+def shard_batch(mesh: Mesh, batch: Any) -> Any:
+    """Puts this process's rows of a NumPy batch on its devices, as one global array.
+
+    Raises:
+        ValueError: if the rows cannot be dealt evenly over the devices.
+    """
+    sharding = batch_sharding(mesh)
+    devices = len(mesh.local_devices)
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % devices:
+        raise ValueError(
+            f"{rows} rows per process cannot be dealt over {devices} local devices; "
+            "make the batch size a multiple of the number of devices"
+        )
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )
+
+
+def place(sharding: Any, tree: Any) -> Any:
+    """Moves a pytree of host or device arrays to the given shardings."""
+    return jax.tree.map(jax.device_put, tree, sharding)
+
+
+def jit_step(step: Callable, mesh: Mesh, sharding: Any) -> Callable:
+    """Compiles `(state, batch, *rest) -> (state, metrics)`; the old state is donated.
+
+    Args:
+        step: the pure update.
+        mesh: where the batch lies.
+        sharding: of the state, kept by the result.
+    """
+    return jax.jit(step, donate_argnums=0, out_shardings=(sharding, replicated(mesh)))
+
+
+def pmap_step(step: Callable) -> Callable:
+    """The `pmap` twin of `jit_step`, for code that still maps over devices.
+
+    Args:
+        step: of `make_train_step(..., axis_name="devices")`; takes a batch with a
+            leading device axis, whose weights sum to 1 over all devices.
+    """
+    return jax.pmap(step, axis_name="devices", in_axes=(None, 0, None), out_axes=None)

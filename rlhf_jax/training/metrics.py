@@ -1,0 +1,119 @@
+"""Metrics to a file and TensorBoard, one step late, and the progress people watch."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax.training.step import leaf_names
+
+
+class NonFiniteError(FloatingPointError):
+    """A gradient, a loss or a metric is NaN or infinite."""
+
+
+class MetricsWriter:
+    """Writes scalars of each step to `metrics.jsonl` and TensorBoard event files.
+
+    `push` keeps the metrics of a step on the device until the next one has been
+    dispatched, so that the device never waits for the disk.
+    """
+
+    def __init__(self, directory: Path, first_step: int, grads_like: Any):
+        """Opens the files of a stage directory, and drops lines after `first_step`.
+
+        Args:
+            directory: of the stage.
+            first_step: updates done when the run goes on; later lines belong to
+                updates that an interrupted run did not checkpoint and are done again.
+            grads_like: pytree whose leaf names `nonfinite` flags refer to.
+        """
+        from tensorboardX import SummaryWriter
+
+        self._path = directory / "metrics.jsonl"
+        self._names = leaf_names(grads_like)
+        self._pending: tuple[int, Any] | None = None
+        lines = read_metrics(self._path) if first_step else []
+        kept = [line for line in lines if line["step"] <= first_step]
+        partial = self._path.with_suffix(".tmp")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(partial, self._path)
+        self._file = self._path.open("a", buffering=1)
+        self._board = SummaryWriter(
+            str(directory / "tensorboard"), purge_step=first_step
+        )
+        self._last_time = time.monotonic()
+
+    def push(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float] | None:
+        """Takes the metrics of `step`; writes and returns those of the step before."""
+        written = self.flush()
+        self._pending = (step, metrics)
+        return written
+
+    def flush(self) -> dict[str, float] | None:
+        """Waits for the pending metrics, checks them and writes them.
+
+        Raises:
+            NonFiniteError: naming the step, the metric and the first bad leaf.
+        """
+        if self._pending is None:
+            return None
+        step, metrics = self._pending
+        self._pending = None
+        host = jax.device_get(metrics)
+        bad = host.pop("nonfinite")
+        values = {name: float(np.asarray(x)) for name, x in host.items()}
+        now = time.monotonic()
+        values["seconds"] = now - self._last_time
+        self._last_time = now
+        self._check(step, bad, values)
+        self.write(step, values)
+        return values
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes host scalars of a step, e.g. of an evaluation."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def _check(self, step: int, bad: np.ndarray, values: Mapping[str, float]) -> None:
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        leaves = [n for n, flag in zip(self._names, bad, strict=True) if flag]
+        if leaves or wrong:
+            first = f"the gradient of {leaves[0]}" if leaves else f"metric {wrong[0]}"
+            raise NonFiniteError(
+                f"update {step}: {first} is not finite ({len(leaves)} of "
+                f"{len(self._names)} gradient leaves, metrics {wrong}). Nothing was "
+                f"saved from this step on. The usual causes are a learning rate that "
+                f"is too high or a batch with broken input; lower the rate and run "
+                f"again in a new directory."
+            )
+
+    def close(self) -> None:
+        """Closes both files."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Lines of a `metrics.jsonl`, without a last one that a killed writer cut short."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"{path}:{number}: not JSON ({error}); remove the line to go on"
+            ) from error
+    return records

@@ -1,0 +1,140 @@
+"""A stage's directory: what it was made from, and what it hands to the next stage."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.nn.config import TransformerConfig
+
+
+class RunDirError(RuntimeError):
+    """A stage directory that does not fit the command, with the way out."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def to_json(value: Any) -> Any:
+    """A config (dataclasses, paths, tuples) as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {f.name: to_json(getattr(value, f.name)) for f in fields}
+    if isinstance(value, Mapping):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+class StageDir:
+    """Directory of one stage of a run.
+
+    `config.json` says what made it (config, data, parents by their fingerprints),
+    `done.json` appears last. Both are compared, never assumed.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def done(self) -> bool:
+        """True once the stage has finished."""
+        return (self.path / "done.json").exists()
+
+    def open(
+        self, stage: str, config: Any, data: Any, parents: Mapping[str, "StageDir"]
+    ) -> None:
+        """Makes the directory, or checks that it was made by the same command.
+
+        Args:
+            stage: name of the stage.
+            config: dataclass of the stage.
+            data: fingerprint of the data it reads, any JSON value.
+            parents: earlier stages it reads, which must be done.
+
+        Raises:
+            RunDirError: if a parent is missing, or the directory belongs to another
+                config, data or parent.
+        """
+        for name, parent in parents.items():
+            if not parent.done:
+                raise RunDirError(
+                    f"{stage} needs the finished stage {name} in {parent.path}; run "
+                    f"`python -m experiments.{name} --run {parent.path.parent}` first"
+                )
+        made_from = {
+            "stage": stage,
+            "config": to_json(config),
+            "data": to_json(data),
+            "parents": {name: p.fingerprint() for name, p in parents.items()},
+        }
+        path = self.path / "config.json"
+        if not path.exists():
+            write_text(path, json.dumps(made_from, indent=2) + "\n")
+            return
+        before = _flat(read_json(path))
+        now = _flat(json.loads(json.dumps(made_from)))
+        changed = [
+            f"  {key}: {before.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} "
+            "now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            raise RunDirError(
+                f"{self.path} was made by another command. Use another --run, repeat "
+                "the old options, or delete that folder (and those of later stages). "
+                "Differences:\n" + "\n".join(changed)
+            )
+
+    def fingerprint(self) -> str:
+        """Hash of everything the stage was made from, its parents included."""
+        return hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()[:16]
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Marks the stage as finished, with what it measured."""
+        write_text(self.path / "done.json", json.dumps(summary, indent=2) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        """What `finish` was given."""
+        return read_json(self.path / "done.json")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of a run; an error names it and the way out."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise RunDirError(
+            f"{path}:{error.lineno}: not JSON ({error.msg}); delete the stage's folder "
+            "and run the stage again"
+        ) from error
+
+
+def model_from_json(path: Path) -> TransformerConfig:
+    """The `model.json` of a stage as a config."""
+    values = {k: v for k, v in read_json(path).items() if k != "kind"}
+    names = {f.name for f in dataclasses.fields(TransformerConfig)}
+    if set(values) != names:
+        raise RunDirError(
+            f"{path}: fields {sorted(set(values) ^ names)} are of another version"
+        )
+    return TransformerConfig(**values)

@@ -1,0 +1,83 @@
+"""Eight CPU devices and strict array rules for every test; fixtures they share."""
+
+import os
+import sys
+from pathlib import Path
+
+# JAX reads these once, when it is first imported.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        *(
+            flag
+            for flag in os.environ.get("XLA_FLAGS", "").split()
+            if not flag.startswith("--xla_force_host_platform_device_count")
+        ),
+        "--xla_force_host_platform_device_count=8",
+    ]
+)
+sys.path.insert(0, str(Path(__file__).parent))  # makes `import oracle` work
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import pytest  # noqa: E402
+
+from rlhf_jax.nn.config import TransformerConfig  # noqa: E402
+from rlhf_jax.nn.transformer import init_params  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile(
+    "default", deadline=None, max_examples=40, derandomize=True, database=None
+)
+hypothesis.settings.load_profile("default")
+
+
+def _without_jit(function):
+    def call(*args, **kwargs):
+        with jax.disable_jit():
+            return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.fixture(scope="session", params=["jit", "no_jit"])
+def mode(request):
+    """`mode(f)` is `f` compiled, then, in a second run of the test, `f` op by op."""
+    return jax.jit if request.param == "jit" else _without_jit
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Builds the shape of the smallest model with every part of a large one."""
+
+    def make(**changes) -> TransformerConfig:
+        shape = {
+            "num_layers": 2,
+            "model_dim": 16,
+            "num_heads": 2,
+            "max_len": 32,
+            "vocab_size": 11,
+        }
+        return TransformerConfig(**{**shape, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """Draws parameters in which no leaf is constant: biases and norms count too."""
+
+    def make(cfg: TransformerConfig, seed: int = 0, noise: float = 0.3):
+        params = init_params(jax.random.key(seed), cfg)
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+        noisy = [
+            leaf + noise * jax.random.normal(key, leaf.shape, jnp.float32)
+            for leaf, key in zip(leaves, keys, strict=True)
+        ]
+        return jax.tree.unflatten(tree, noisy)
+
+    return make
