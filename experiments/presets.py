@@ -89,7 +89,7 @@ def embedded() -> InstructGPT:
     )
     return InstructGPT(
         run=Path("runs/instructgpt"),
-        tokenizer=TokenizerConfig(vocab_size=640),
+        tokenizer=TokenizerConfig(vocab_size=768),
         pretrain=PretrainConfig(
             model=TransformerConfig(
                 num_layers=4, model_dim=128, num_heads=4, max_len=192
@@ -113,7 +113,9 @@ def embedded() -> InstructGPT:
             optimizer=_adamw(1e-3),
             loop=LoopConfig(checkpoint_every=50),
         ),
-        collect=CollectConfig(prompt_len=144, sampling=sampling, batch_size=256),
+        collect=CollectConfig(
+            prompt_len=48, few_shot_len=144, sampling=sampling, batch_size=256
+        ),
         reward_model=RewardModelConfig(
             batch_size=16,
             prompt_len=48,
@@ -123,8 +125,8 @@ def embedded() -> InstructGPT:
         ),
         **_ppo(ppo, {"ptx_coef": 1.0, "ptx_per_episode": 1}),
         evaluate=EvaluateConfig(
-            prompt_len=144,
-            question_len=48,
+            prompt_len=48,
+            few_shot_len=144,
             sampling=sampling,
             text_len=128,
             batch_size=200,
@@ -191,12 +193,12 @@ def gpu() -> InstructGPT:
             pretrain_fraction=0.1,
             optimizer=_adamw(1.04e-5),
         ),
-        collect=CollectConfig(prompt_len=768, sampling=sampling),
+        collect=CollectConfig(prompt_len=512, few_shot_len=768, sampling=sampling),
         reward_model=RewardModelConfig(
             prompt_len=512, response_len=512, num_microbatches=16
         ),
         **_ppo(ppo, {"ptx_coef": 27.8, "ptx_len": 512}),
-        evaluate=EvaluateConfig(prompt_len=768, sampling=sampling),
+        evaluate=EvaluateConfig(prompt_len=512, few_shot_len=768, sampling=sampling),
     )
 
 
@@ -266,7 +268,7 @@ def cpu() -> InstructGPT:
             optimizer=_adamw(5e-4),
             loop=LoopConfig(checkpoint_every=100),
         ),
-        collect=CollectConfig(prompt_len=256, sampling=sampling),
+        collect=CollectConfig(prompt_len=128, few_shot_len=384, sampling=sampling),
         reward_model=RewardModelConfig(
             batch_size=8,
             prompt_len=128,
@@ -276,8 +278,8 @@ def cpu() -> InstructGPT:
         ),
         **_ppo(ppo, {"ptx_coef": 1.0, "ptx_per_episode": 1}),
         evaluate=EvaluateConfig(
-            prompt_len=256,
-            question_len=128,
+            prompt_len=128,
+            few_shot_len=384,
             sampling=sampling,
             text_len=256,
             batch_size=125,

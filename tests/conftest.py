@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # makes `import oracle` work
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from rlhf_jax.nn.config import TransformerConfig  # noqa: E402
@@ -68,16 +69,16 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def random_params():
-    """Draws parameters in which no leaf is constant: biases and norms count too."""
+    """Parameters in which no leaf is constant: biases and norms count too."""
 
-    def make(cfg: TransformerConfig, seed: int = 0, noise: float = 0.3):
-        params = init_params(jax.random.key(seed), cfg)
-        leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-        noisy = [
-            leaf + noise * jax.random.normal(key, leaf.shape, jnp.float32)
-            for leaf, key in zip(leaves, keys, strict=True)
-        ]
-        return jax.tree.unflatten(tree, noisy)
+    def make(cfg: TransformerConfig, seed: int = 0):
+        rng = np.random.default_rng(seed)
+
+        def draw(path, leaf):
+            centre = 1.0 if path[-1].key == "scale" else 0.0
+            return jnp.float32(centre + 0.3 * rng.normal(size=leaf.shape))
+
+        shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), cfg))
+        return jax.tree.map_with_path(draw, shapes)
 
     return make

@@ -1,29 +1,23 @@
 """Records to NumPy batches: each batch is a pure function of the step.
 
-Row r = step * batch_size + i of an endless table is example `order[epoch][r mod N]`,
-where Grain gives the order of each epoch from the seed. There is no iterator state:
-to resume is to ask for the next step. Process p of n holds the rows
-`[p B / n, (p + 1) B / n)` of every global batch.
-
 The shift is made here, once: `tokens = ids[:-1]`, `targets = ids[1:]`, so that position
 t of every array speaks of the same decision. Everything is padded on the right with the
 pad id; masks come from lengths, never from ids.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import flax.struct
 import numpy as np
 
 from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.records import DataError, Demonstration, Prompt, Ranking
+from rlhf_jax.data.schedule import Batches, Shard
 from rlhf_jax.data.tokenizer import Tokenizer, tokenize_corpus
 
 Array = Any  # numpy.ndarray here, jax.Array once it is on a device
-Shard = tuple[int, int]
-BatchT = TypeVar("BatchT")
 
 
 @flax.struct.dataclass
@@ -64,102 +58,6 @@ class PromptBatch:
     """[B] int32, at least 1."""
 
 
-class Batches(Generic[BatchT]):
-    """Batches by step: `batches(step)` gives this process's rows, and nothing else.
-
-    With a seed, every epoch holds each example once, in an order of its own, and a
-    batch may begin in one epoch and end in the next. With `seed=None` the examples come
-    in order, once; rows past the last example are padding (weights and ranks 0), which
-    `real_rows` counts.
-
-    Attributes:
-        num_examples: examples of an epoch.
-        num_dropped: examples left out because they are too long.
-        num_dropped_responses: responses left out of rankings for the same reason.
-        steps_per_epoch: steps until every example was seen, ceil(num_examples / B).
-    """
-
-    def __init__(
-        self,
-        make_batch: Callable[[np.ndarray, np.ndarray, int], BatchT],
-        num_examples: int,
-        batch_size: int,
-        seed: int | None,
-        shard: Shard = (0, 1),
-        num_dropped: int = 0,
-        num_dropped_responses: int = 0,
-    ):
-        """Prepares the order of the examples.
-
-        Args:
-            make_batch: makes the batch from the examples of this process's rows, those
-                of the global batch, and the number of this process's rows (the rows
-                beyond its examples are padding).
-            num_examples: examples of an epoch.
-            batch_size: rows of the global batch, B.
-            seed: of the order; None reads in order.
-            shard: (index, count) of this process.
-            num_dropped: examples left out before.
-            num_dropped_responses: responses left out before.
-
-        Raises:
-            ValueError: the batch cannot be cut evenly over the processes.
-        """
-        import grain
-
-        index, count = shard
-        if not 0 <= index < count:
-            raise ValueError(f"shard {shard} must be (index, count), index < count")
-        if batch_size < 1 or batch_size % count:
-            raise ValueError(
-                f"batch_size {batch_size} must be a positive multiple of the number "
-                f"of processes, {count}"
-            )
-        order = grain.MapDataset.range(num_examples)
-        if seed is not None:
-            # Grain's epochs count up from the seed: neighbouring seeds would repeat
-            # each other's orders one epoch apart, so the seed is mixed first.
-            mixed = np.random.SeedSequence(seed).generate_state(1)[0]
-            order = order.shuffle(seed=int(mixed))
-        self._order = order
-        self._make_batch = make_batch
-        self._batch_size = batch_size
-        self._shuffled = seed is not None
-        self._shard = shard
-        self.num_examples = num_examples
-        self.num_dropped = num_dropped
-        self.num_dropped_responses = num_dropped_responses
-        self.steps_per_epoch = -(-num_examples // batch_size)
-
-    def real_rows(self, step: int) -> int:
-        """Rows of the global batch that hold an example (the others are padding)."""
-        left = self.num_examples - step * self._batch_size
-        return self._batch_size if self._shuffled else min(self._batch_size, left)
-
-    def __call__(self, step: int) -> BatchT:
-        """Makes the batch of a step.
-
-        Args:
-            step: from 0; with `seed=None` below `steps_per_epoch`.
-
-        Returns:
-            This process's rows of the batch, B / n of them.
-
-        Raises:
-            IndexError: no such step.
-        """
-        if step < 0 or not (self._shuffled or step < self.steps_per_epoch):
-            raise IndexError(f"step {step} of {self.steps_per_epoch} unshuffled steps")
-        first = step * self._batch_size
-        rows = range(first, first + self.real_rows(step))
-        examples = np.array([self._order[row] for row in rows], np.int64)
-        index, count = self._shard
-        size = self._batch_size // count
-        return self._make_batch(
-            examples[index * size : (index + 1) * size], examples, size
-        )
-
-
 def packed_batches(
     documents: Sequence[str],
     tokenizer: Tokenizer,
@@ -192,7 +90,8 @@ def packed_batches(
     if seed is not None:
         ends = np.flatnonzero(ids == tokenizer.eos_id) + 1  # text has no end token
         order = np.random.default_rng(seed).permutation(len(ends))
-        ids = np.concatenate([np.split(ids, ends[:-1])[i] for i in order])
+        parts = np.split(ids, ends[:-1])
+        ids = np.concatenate([parts[i] for i in order])
     counts = np.full(-(-(len(ids) - 1) // seq_len), seq_len)
     counts[-1] = len(ids) - 1 - (len(counts) - 1) * seq_len
 
@@ -240,8 +139,8 @@ def demonstration_batches(
         np.concatenate([prompt, response, end])
         for prompt, response in zip(prompts, responses, strict=True)
     ]
-    kept = [i for i, ids in enumerate(joined) if len(ids) - 1 <= seq_len]
     lengths = [len(ids) - 1 for ids in joined]
+    kept = [i for i, length in enumerate(lengths) if length <= seq_len]
     _check_some_left("demonstrations", kept, lengths, "seq_len", seq_len)
     sequences = [joined[i] for i in kept]
     # The first target of the response is read at the last token of the prompt.
@@ -254,8 +153,8 @@ def demonstration_batches(
         weight = 1.0 / counts[batch].sum()
         return _token_batch(rows, starts[mine], size, seq_len, tokenizer.pad_id, weight)
 
-    dropped = len(demonstrations) - len(kept)
-    return Batches(make_batch, len(kept), batch_size, seed, shard, dropped)
+    num_dropped = len(demonstrations) - len(kept)
+    return Batches(make_batch, len(kept), batch_size, seed, shard, num_dropped)
 
 
 def ranking_batches(
@@ -320,8 +219,7 @@ def ranking_batches(
             "differ in rank. Raise prompt_len or response_len."
         )
 
-    def make_batch(mine: np.ndarray, batch: np.ndarray, size: int) -> RankingBatch:
-        del batch
+    def make_batch(mine: np.ndarray, _: np.ndarray, size: int) -> RankingBatch:
         rows = [kept[i] for i in mine]
         shape = (size, num_responses)
         responses = np.full((*shape, response_len), tokenizer.pad_id, np.int32)
@@ -337,15 +235,8 @@ def ranking_batches(
             prompt_batch.prompts, prompt_batch.prompt_lengths, responses, lengths, ranks
         )
 
-    return Batches(
-        make_batch,
-        len(kept),
-        batch_size,
-        seed,
-        shard,
-        num_dropped=len(rankings) - len(kept),
-        num_dropped_responses=num_dropped_responses,
-    )
+    counts = (len(rankings) - len(kept), num_dropped_responses)
+    return Batches(make_batch, len(kept), batch_size, seed, shard, *counts)
 
 
 def prompt_batches(
@@ -376,19 +267,16 @@ def prompt_batches(
     kept = [i for i, length in enumerate(lengths) if length <= prompt_len]
     _check_some_left("prompts", kept, lengths, "prompt_len", prompt_len)
 
-    def make_batch(mine: np.ndarray, batch: np.ndarray, size: int) -> PromptBatch:
-        del batch
+    def make_batch(mine: np.ndarray, _: np.ndarray, size: int) -> PromptBatch:
         rows = [encoded[kept[i]] for i in mine]
         return _prompt_batch(rows, size, prompt_len, tokenizer.pad_id)
 
-    dropped = len(prompts) - len(kept)
-    return Batches(make_batch, len(kept), batch_size, seed, shard, dropped)
+    num_dropped = len(prompts) - len(kept)
+    return Batches(make_batch, len(kept), batch_size, seed, shard, num_dropped)
 
 
 def _encode_prompts(
-    records: Sequence[Demonstration] | Sequence[Ranking] | Sequence[Prompt],
-    tokenizer: Tokenizer,
-    format: PromptFormat,
+    records: Sequence[Any], tokenizer: Tokenizer, format: PromptFormat
 ) -> list[np.ndarray]:
     return [format.encode_prompt(tokenizer, record.prompt) for record in records]
 

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rlhf_jax.data.records import DataError, Kind
-from rlhf_jax.data.sources import Split
+from rlhf_jax.data.records import DataError, Kind, Split
 
 
 def features(kind: Kind) -> tfds.features.FeaturesDict:
@@ -51,6 +50,13 @@ def features(kind: Kind) -> tfds.features.FeaturesDict:
             )
 
 
+class _LocalInfo(tfds.core.DatasetInfo):
+    """Knows only what is on disk here: no bucket is asked, no scratch folder left."""
+
+    def initialize_from_bucket(self) -> None:
+        pass
+
+
 class RlhfText(tfds.core.GeneratorBasedBuilder):
     """Records of one kind and split, kept in the order in which they come."""
 
@@ -71,7 +77,7 @@ class RlhfText(tfds.core.GeneratorBasedBuilder):
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
+        return _LocalInfo(
             builder=self, features=features(self._kind), disable_shuffling=True
         )
 

@@ -9,7 +9,14 @@ from typing import Any
 
 from rlhf_jax.data import simulation
 from rlhf_jax.data.simulation import SimulationConfig
-from rlhf_jax.data.sources import DataError, Kind, Split, find_files, load
+from rlhf_jax.data.sources import (
+    DataError,
+    Kind,
+    NoFilesError,
+    Split,
+    find_files,
+    load,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,10 +97,13 @@ class Inputs:
         return load(kind, self.root, patterns, split, cache_dir() / "data")
 
     def has(self, purpose: str, split: Split) -> bool:
-        """Whether any file matches."""
+        """Whether the run's data has any such records."""
+        patterns = getattr(self.files, purpose)
+        if any(pattern.startswith("tfds:") for pattern in patterns):
+            return True
         try:
-            return bool(find_files(self.root, getattr(self.files, purpose), split))
-        except DataError:
+            return bool(find_files(self.root, patterns, split))
+        except NoFilesError:
             return False
 
     def fingerprint(self, *purposes_and_splits: tuple[str, Split]) -> dict[str, str]:
@@ -101,8 +111,12 @@ class Inputs:
         hashes = {}
         for purpose, split in purposes_and_splits:
             digest = hashlib.sha256()
-            for path in find_files(self.root, getattr(self.files, purpose), split):
-                digest.update(path.name.encode())
-                digest.update(path.read_bytes())
+            patterns = getattr(self.files, purpose)
+            if any(pattern.startswith("tfds:") for pattern in patterns):
+                digest.update(f"{self.root}/{patterns}/{split}".encode())
+            else:
+                for path in find_files(self.root, patterns, split):
+                    digest.update(path.name.encode())
+                    digest.update(path.read_bytes())
             hashes[f"{purpose}/{split}"] = digest.hexdigest()[:16]
         return hashes

@@ -4,25 +4,22 @@ Bad input stops here with a `DataError` that names file, line, field and the way
 """
 
 import dataclasses
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_jax.data.files import DataError, read_lines
+
 Kind = Literal["corpus", "demonstrations", "rankings", "comparisons", "prompts"]
+Split = Literal["train", "valid", "test"]
 
 SEPARATOR = "<|endoftext|>"
 """A line of its own between two documents of a corpus file."""
 
 _MAX_RANK = 2**31 - 1
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class DataError(ValueError):
-    """An input that cannot be used; the message names file, line, field, way out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +67,7 @@ def read_corpus(path: Path | str) -> Iterator[str]:
     """
     path = Path(path)
     lines: list[str] = []
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         if "\0" in line:
             raise DataError(
                 f"{path}:{number}: field 'text': holds the character U+0000. "
@@ -194,50 +191,13 @@ PARSERS: dict[Kind, Callable[[dict[str, Any], str], Any]] = {
 }
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, line without its end) of a UTF-8 file."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Check the path.")
-    number = 0
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        try:
-            for raw in file:
-                number += 1
-                line = raw.removesuffix(b"\n").removesuffix(b"\r")
-                yield number, _decoded(line, path, number)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(
-                f"{path}:{number + 1}: the gzip data cannot be read ({error}). "
-                "The file is truncated or not gzip; copy it again, or name it "
-                "without .gz if it is plain text."
-            ) from error
-
-
-def _decoded(line: bytes, path: Path, number: int) -> str:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}:{number}: byte {error.start + 1} of the line "
-            f"(0x{line[error.start]:02x}) is not UTF-8. Save the file as UTF-8; name "
-            "it *.gz if it is gzip."
-        ) from error
-    if number == 1 and text.startswith("\ufeff"):
-        raise DataError(
-            f"{path}:1: starts with a byte-order mark. Save the file as UTF-8 "
-            "without one."
-        )
-    return text
-
-
 def _document(lines: list[str]) -> list[str]:
     text = "\n".join(lines)
     return [text] if text.strip() else []
 
 
 def _read(path: Path, parse: Callable[[dict[str, Any], str], Any]) -> Iterator[Any]:
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         if line.strip():
             where = f"{path}:{number}"
             yield parse(_json_object(line, where), where)

@@ -4,17 +4,16 @@ The records of a split are written once to a cache directory named by the conten
 the files, so that a second run, or a second process, opens them at once.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from pathlib import Path, PurePath
+from typing import Any
 
+from rlhf_jax.data.files import unfinished_path
 from rlhf_jax.data.records import (
     PARSERS,
     DataError,
@@ -22,6 +21,7 @@ from rlhf_jax.data.records import (
     Kind,
     Prompt,
     Ranking,
+    Split,
     read_comparisons,
     read_corpus,
     read_demonstrations,
@@ -45,12 +45,13 @@ __all__ = [
     "read_demonstrations",
     "read_prompts",
     "read_rankings",
-    "write_atomically",
 ]
 
-Split = Literal["train", "valid", "test"]
-
 _SCHEMA = 1  # part of the cache key: raise it when the stored features change
+
+
+class NoFilesError(DataError):
+    """No file of the data directory matches."""
 
 
 def find_files(root: Path | str, patterns: Sequence[str], split: Split) -> list[Path]:
@@ -65,8 +66,8 @@ def find_files(root: Path | str, patterns: Sequence[str], split: Split) -> list[
         split: The split wanted.
 
     Raises:
-        DataError: nothing matches (the message lists what is there), or a pattern or
-            a link leaves `root`.
+        NoFilesError: nothing matches; the message lists what is there.
+        DataError: a pattern or a link leaves `root`.
     """
     if isinstance(patterns, str):
         raise TypeError(f"patterns must be a tuple of globs, got the text {patterns!r}")
@@ -75,12 +76,7 @@ def find_files(root: Path | str, patterns: Sequence[str], split: Split) -> list[
         raise DataError(f"{root}: no such directory. Give the directory of the data.")
     found: set[Path] = set()
     for pattern in patterns:
-        parts = PurePosixPath(pattern).parts
-        if not parts or ".." in parts or parts[0] == "/" or Path(pattern).is_absolute():
-            raise DataError(
-                f"{root}: pattern {pattern!r} is not a path below the data directory. "
-                "Use a glob relative to it, without '..'."
-            )
+        _check_below(root, pattern)
         found.update(path for path in root.glob(pattern) if path.is_file())
     for path in sorted(found):
         if not path.resolve().is_relative_to(root.resolve()):
@@ -93,7 +89,7 @@ def find_files(root: Path | str, patterns: Sequence[str], split: Split) -> list[
         there = sorted(found) or sorted(p for p in root.rglob("*") if p.is_file())
         names = [str(path.relative_to(root)) for path in there[:12]]
         more = f" and {len(there) - 12} more" if len(there) > 12 else ""
-        raise DataError(
+        raise NoFilesError(
             f"{root}: no file of split {split!r} matches {', '.join(patterns)}. "
             f"There: {', '.join(names) or 'nothing'}{more}. A file's name ends in "
             "_valid or _test (before the suffix) to belong to that split; every other "
@@ -141,6 +137,7 @@ def load(
                 "Use either files or one TFDS dataset."
             )
         name = patterns[0].removeprefix("tfds:")
+        _check_below(root, name)
         return Records(builders.find_dataset(Path(root), name, kind, split), kind, name)
 
     files = find_files(root, patterns, split)
@@ -179,19 +176,13 @@ class Records(Sequence[Any]):
         return PARSERS[self._kind](fields, where)
 
 
-@contextlib.contextmanager
-def write_atomically(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, which becomes `path` only when the block succeeds."""
-    unfinished = _unfinished(path)
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f".unfinished-{uuid.uuid4().hex}-{path.name}")
+def _check_below(root: Path | str, pattern: str) -> None:
+    parts = PurePath(pattern).parts
+    if not parts or ".." in parts or PurePath(pattern).is_absolute():
+        raise DataError(
+            f"{root}: pattern {pattern!r} is not a path below the data directory. "
+            "Use a glob relative to it, without '..'."
+        )
 
 
 def _split_of(path: Path) -> Split:
@@ -241,7 +232,7 @@ def _prepare(directory: Path, kind: Kind, split: Split, files: Sequence[Path]) -
                 raise DataError(f"{path}: holds no record. Fill the file or remove it.")
 
     directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = _unfinished(directory)
+    unfinished = unfinished_path(directory)
     unfinished.mkdir()
     try:
         builders.write_records(unfinished, kind, split, examples())

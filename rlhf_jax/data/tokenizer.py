@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf_jax.data.records import DataError
-from rlhf_jax.data.sources import write_atomically
+from rlhf_jax.data.files import DataError, write_atomically
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 EOS_PIECE = "<|endoftext|>"
@@ -21,7 +20,8 @@ EOS_PIECE = "<|endoftext|>"
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
 _CHUNK = 4_000_000  # characters tokenized at a time
 _LINE_BYTES = 8192  # longest line handed to the trainer
-_PROBE = "  a\n\n b \u2581\u00e9\U0001f600" + EOS_PIECE
+# Spaces, breaks and characters that a normalisation rule would change.
+_PROBE = f"  Ab\t\r\n\n \ufb01\u00a0\u200b\uff21e\u0301{_SPACE}\U0001f600{EOS_PIECE} "
 _NEEDED = (
     "Give a model with pad_id 0, unk_id 1, bos_id 2, eos_id 3, eos_piece "
     f"'{EOS_PIECE}', byte_fallback, normalization_rule_name 'identity', no "

@@ -37,6 +37,7 @@ from rlhf_jax.evaluation.training_figures import (
     draw_rollouts,
 )
 
+_REWARD_COLOR = "#009e73"
 _SPLITS = {
     "train": "training\nprompts",
     "held_out_prompts": "held-out\nprompts",
@@ -48,9 +49,9 @@ _SPLITS = {
 def draw_reward_accuracy(run: RunData) -> Figure:
     """Accuracy of the reward model by split, score margin and length difference."""
     marks = [
-        ("accuracy", "reward model", "#0072b2", "o"),
-        ("length_baseline", "length alone", "#e69f00", "s"),
-        ("agreement", "labelers among themselves", "#009e73", "D"),
+        ("accuracy", "reward model", _REWARD_COLOR, "o"),
+        ("length_baseline", "length alone", "#999933", "s"),
+        ("agreement", "labelers among themselves", "#000000", "D"),
     ]
     found: dict[str, dict[str, Estimate]] = {}
     for kind, *_ in marks:
@@ -86,11 +87,11 @@ def draw_reward_accuracy(run: RunData) -> Figure:
             axis = next(remaining)
             _draw_bins(axis, bins)
             axis.set(title=title, xlabel=xlabel)
+    limits = np.array([axis.get_ylim() for axis in axes])
     for axis in axes:
         axis.axhline(0.5, **REFERENCE_LINE)
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-        low, high = axis.get_ylim()
-        axis.set_ylim(min(low, 0.45), max(high, 0.8))
+        axis.set_ylim(min(limits[:, 0].min(), 0.45), max(limits[:, 1].max(), 0.8))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes[0].set_ylabel("pairs ordered as the labeler did")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
@@ -115,7 +116,7 @@ def draw_win_rates(run: RunData) -> Figure:
     axis.axhline(0.5, **REFERENCE_LINE)
     axis.set_xticks(places, [MODEL_LABELS[name] for name in rates])
     axis.set_ylim(0, 1.08)
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.set(
         ylabel="win rate against SFT",
         title=f"Preferred to SFT on held-out prompts\n"
@@ -152,7 +153,7 @@ def draw_metadata(run: RunData) -> Figure:
     ]
     axis.set_xticks(range(len(ticks)), ticks)
     axis.set_ylim(0, 1)
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.set(ylabel="share of responses", title="What the responses are like")
     legend_below(figure, axis)
     return figure
@@ -163,9 +164,9 @@ def draw_alignment_tax(run: RunData) -> Figure:
     losses = estimates_by_model(run, "pretrain_loss")
     losses.pop("gpt_few_shot", None)  # a prompt does not change the weights
     pairs = {
-        "ppo-sft_rl": ("PPO\n− SFT (RL init)", "ppo"),
-        "ppo_ptx-sft_rl": ("PPO-ptx\n− SFT (RL init)", "ppo_ptx"),
-        "ppo-ppo_ptx": ("PPO\n− PPO-ptx", "gpt"),
+        "ppo-sft_rl": ("PPO\n− SFT (RL init)", MODEL_COLORS["ppo"]),
+        "ppo_ptx-sft_rl": ("PPO-ptx\n− SFT (RL init)", MODEL_COLORS["ppo_ptx"]),
+        "ppo-ppo_ptx": ("PPO\n− PPO-ptx", "black"),
     }
     differences = {
         pair: estimate
@@ -187,8 +188,7 @@ def draw_alignment_tax(run: RunData) -> Figure:
     axes[0].set(title="By model", ylabel="held-out pre-training loss (nats per token)")
     if differences:
         for place, (pair, estimate) in enumerate(differences.items()):
-            color = MODEL_COLORS[pairs[pair][1]]
-            draw_intervals(axes[1], [place], [estimate], color, "o", None)
+            draw_intervals(axes[1], [place], [estimate], pairs[pair][1], "o", None)
         axes[1].axhline(0.0, **REFERENCE_LINE)
         axes[1].set_xticks(
             range(len(differences)), [pairs[pair][0] for pair in differences]
@@ -214,10 +214,10 @@ def draw_lengths(run: RunData) -> Figure:
         )
         axis.tick_params(axis="x", labelsize=9)
         axis.set_ylim(bottom=0)
-    axes[0].set(title="Response length", ylabel="tokens, end of text included")
+    axes[0].set(title="Response length", ylabel="tokens")
     axes[1].set(title="Responses that end by themselves", ylabel="share of responses")
     axes[1].set_ylim(0, 1.04)
-    axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     return figure
 
 
@@ -276,7 +276,8 @@ FIGURES = (
 
 def _draw_bins(axis: Axes, bins: Sequence[Mapping[str, Any]]) -> None:
     estimates = [Estimate.from_json(part["accuracy"]) for part in bins]
-    draw_intervals(axis, range(len(bins)), estimates, "#0072b2", "o", None)
+    draw_intervals(axis, range(len(bins)), estimates, _REWARD_COLOR, "o", None)
     ticks = [f"{part['low']:.3g}\nto {part['high']:.3g}" for part in bins]
     axis.set_xticks(range(len(bins)), ticks)
+    axis.set_xlim(-0.6, len(bins) - 0.4)
     axis.tick_params(axis="x", labelsize=8.5)

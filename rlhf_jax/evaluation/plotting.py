@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from rlhf_jax.evaluation.measurements import MODEL_LABELS, Curve
@@ -25,10 +26,12 @@ REFERENCE_LINE = {"color": "#444444", "linestyle": "--", "linewidth": 1, "zorder
 
 
 def make_panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """A figure 1300 pixels wide with `count` axes, at most `columns` side by side."""
     columns = min(columns, count)
     rows = -(-count // columns)
     height = 5.6 if columns == 1 else 3.9 * rows + 0.4
-    figure = Figure(figsize=(10, height), dpi=130, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(10, height), dpi=130, layout=layout)
     grid = figure.subplots(rows, columns, squeeze=False)
     axes = list(grid.flat)
     for spare in axes[count:]:
@@ -43,17 +46,20 @@ def make_panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
 def plot_curve(axis: Axes, curve: Curve, color: str, label: str) -> None:
     """A noisy curve in a light shade, and its running mean."""
     axis.plot(*curve, color=color, alpha=0.2, linewidth=1)
-    axis.plot(*smooth(curve), color=color, linewidth=2, label=label)
+    marker = "o" if len(curve[0]) < 10 else None
+    smoothed = smooth(curve, windows=25)
+    axis.plot(*smoothed, color=color, linewidth=2, marker=marker, label=label)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
 
 
 def plot_points(axis: Axes, curve: Curve, color: str, label: str) -> None:
+    """The few points of a held-out measurement."""
     axis.plot(
         *curve,
         color=color,
         linestyle=":",
         marker="o",
-        markersize=5,
+        markersize=6,
         markeredgecolor="white",
         zorder=3,
         label=label,
@@ -61,10 +67,10 @@ def plot_points(axis: Axes, curve: Curve, color: str, label: str) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
 
 
-def smooth(curve: Curve) -> Curve:
-    """Means over windows of 1/25 of the curve, at the middle of each window."""
+def smooth(curve: Curve, windows: int) -> Curve:
+    """Running means over 1 / `windows` of a curve, at the middle of each window."""
     steps, values = curve
-    window = max(1, len(values) // 25)
+    window = max(1, len(values) // windows)
     kernel = np.full(window, 1 / window)
     return np.convolve(steps, kernel, "valid"), np.convolve(values, kernel, "valid")
 

@@ -15,7 +15,7 @@ Scored = tuple[Sequence[Ranking], Sequence[np.ndarray], np.ndarray]
 
 
 class Pairs:
-    """Every strictly ordered pair of some rankings, as flat arrays [number of pairs]."""
+    """Every strictly ordered pair of some rankings, as flat arrays [num_pairs]."""
 
     def __init__(self, scored: Scored):
         rankings, scores, lengths = scored

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import AutoLocator
 
 from rlhf_jax.evaluation.measurements import (
     EVALUATION,
@@ -24,7 +25,7 @@ from rlhf_jax.evaluation.plotting import (
 )
 
 POLICIES = ("ppo", "ppo_ptx")
-TRAIN_COLOR, HELD_OUT_COLOR = "#0072b2", "#d55e00"
+TRAIN_COLOR, HELD_OUT_COLOR = "#444444", "#009e73"
 
 
 def draw_losses(run: RunData) -> Figure:
@@ -47,7 +48,7 @@ def draw_losses(run: RunData) -> Figure:
         if stage == "reward_model":
             axis.axhline(np.log(2), label="chance (log 2)", **REFERENCE_LINE)
         axis.set(title=title, xlabel="update", ylabel=f"loss ({unit})")
-        axis.legend()
+    legend_below(figure, *axes)
     return figure
 
 
@@ -62,19 +63,28 @@ def draw_ppo(run: RunData) -> Figure:
 
 
 def draw_frontier(run: RunData) -> Figure:
-    """Score against the square root of the KL it costs, along training and held out."""
+    """Score against the square root of the KL it costs, along training and held out.
+
+    A KL estimated below 0, which is noise around 0, is drawn at 0.
+    """
     figure, (axis,) = make_panels(1, columns=1)
     for name in POLICIES:
         curves = run.curves.get(name, {})
         if "objective/score" in curves and "objective/kl" in curves:
-            _, score = smooth(curves["objective/score"])
-            _, kl = smooth(curves["objective/kl"])
+            _, score = smooth(curves["objective/score"], windows=12)
+            _, kl = smooth(curves["objective/kl"], windows=12)
             axis.plot(
                 np.sqrt(np.maximum(kl, 0.0)),
                 score,
                 color=MODEL_COLORS[name],
-                label=f"{MODEL_LABELS[name]}, training prompts",
+                marker="o" if len(kl) < 10 else None,
+                label=f"{MODEL_LABELS[name]}, rollouts",
             )
+        if "heldout/score" in curves and "heldout/kl" in curves:
+            points = np.sqrt(np.maximum(curves["heldout/kl"][1], 0.0))
+            label = f"{MODEL_LABELS[name]}, held out"
+            path = (points, curves["heldout/score"][1])
+            plot_points(axis, path, MODEL_COLORS[name], label)
         score, kl = (
             model_estimate(run, name, key) for key in ("reward", "kl_to_reference")
         )
@@ -90,13 +100,14 @@ def draw_frontier(run: RunData) -> Figure:
                 capsize=4,
                 color=MODEL_COLORS[name],
                 zorder=4,
-                label=f"{MODEL_LABELS[name]} at the end, held-out prompts",
+                label=f"{MODEL_LABELS[name]} evaluated at the end",
             )
     if not axis.has_data():
         raise MissingInput(
             "neither ppo nor ppo_ptx wrote objective/score and objective/kl, and "
             f"{EVALUATION} has no KL of them"
         )
+    axis.xaxis.set_major_locator(AutoLocator())
     axis.set(
         xlabel=r"$\sqrt{\mathrm{KL}}$ to the reference (square root of nats per "
         "response)",

@@ -149,11 +149,12 @@ def prefill(
         num_columns: free columns after the P - 1 of the prompt.
 
     Returns:
-        keys and values, each [L, B, P - 1 + num_columns, N, H] in `cfg.dtype`.
+        keys and values, each [L, B, N, P - 1 + num_columns, H] in `cfg.dtype`: the
+        layout in which each decoding step reads them.
     """
     tokens = prompts[:, :-1]
     B, stem = tokens.shape
-    shape = (cfg.num_layers, B, stem + num_columns, cfg.num_heads, cfg.head_dim)
+    shape = (cfg.num_layers, B, cfg.num_heads, stem + num_columns, cfg.head_dim)
     if stem == 0:
         return jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype)
     positions = jnp.broadcast_to(jnp.arange(stem)[None], tokens.shape)
@@ -162,7 +163,7 @@ def prefill(
         kept = []
 
         def attend(q, k, v):
-            kept.extend((k, v))
+            kept.extend((jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
             return causal_attention(q, k, v)
 
         x = block(layer_params, x, attend, cfg)
@@ -170,7 +171,7 @@ def prefill(
 
     x = embed(params, tokens, positions, cfg.dtype)
     _, (keys, values) = jax.lax.scan(layer, x, params["blocks"])
-    room = ((0, 0), (0, 0), (0, num_columns), (0, 0), (0, 0))
+    room = ((0, 0), (0, 0), (0, 0), (0, num_columns), (0, 0))
     return jnp.pad(keys, room), jnp.pad(values, room)
 
 
@@ -187,7 +188,7 @@ def decode_step(
 
     Args:
         params: of `init_params`.
-        cache: keys and values, each [L, B, S, N, H]; the carry of the loops, so that
+        cache: keys and values, each [L, B, N, S, H]; the carry of the loops, so that
             they are updated in place.
         tokens: int32, [B].
         positions: int32, [B].
@@ -205,17 +206,18 @@ def decode_step(
         written = []
 
         def attend(q, k, v):  # [B, 1, N, H]
-            start = (index, 0, column, 0, 0)
-            all_keys = jax.lax.dynamic_update_slice(keys, k[None], start)
-            all_values = jax.lax.dynamic_update_slice(values, v[None], start)
+            start = (index, 0, 0, column, 0)
+            k, v = jnp.swapaxes(k, 1, 2)[None], jnp.swapaxes(v, 1, 2)[None]
+            all_keys = jax.lax.dynamic_update_slice(keys, k, start)
+            all_values = jax.lax.dynamic_update_slice(values, v, start)
             written.extend((all_keys, all_values))
             here = jax.lax.dynamic_index_in_dim(all_keys, index, keepdims=False)
             scores = q.shape[-1] ** -0.5 * jnp.einsum(
-                "bnh,bsnh->bns", q[:, 0], here, preferred_element_type=jnp.float32
+                "bnh,bnsh->bns", q[:, 0], here, preferred_element_type=jnp.float32
             )
             weights = jax.nn.softmax(jnp.where(mask[:, None], scores, NEG_INF), axis=-1)
             here = jax.lax.dynamic_index_in_dim(all_values, index, keepdims=False)
-            return jnp.einsum("bns,bsnh->bnh", weights.astype(v.dtype), here)[:, None]
+            return jnp.einsum("bns,bnsh->bnh", weights.astype(v.dtype), here)[:, None]
 
         x = block(layer_params, x, attend, cfg)
         return (x, *written), None

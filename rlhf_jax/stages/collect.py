@@ -13,7 +13,7 @@ from rlhf_jax.data import simulation
 from rlhf_jax.data.sources import DataError, Demonstration, Ranking, read_rankings
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.common import Context, Model, check_compatible, load_model
-from rlhf_jax.stages.scoring import Response, Sampler
+from rlhf_jax.stages.scoring import Response, Sampler, fitting
 from rlhf_jax.training.run_dir import write_text
 
 
@@ -26,7 +26,9 @@ class CollectConfig:
     max_responses: int = 9
     """Most responses to rank, K (IG: 9)."""
     prompt_len: int = 1024
-    """Longest prompt in tokens, few-shot examples included."""
+    """Longest prompt in tokens, P; longer ones are left out."""
+    few_shot_len: int = 1792
+    """Longest prompt in tokens with few-shot examples before it."""
     sampling: Sampling = Sampling()
     """The distribution responses are drawn from."""
     num_few_shot: int = 3
@@ -88,24 +90,23 @@ def sample_responses(
         out[index].append(
             ("demonstration", Response(text, np.zeros(0, np.int32), True))
         )
-    samplers = {
-        name: Sampler(model, cfg.sampling, cfg.prompt_len, cfg.batch_size, ctx)
-        for name, model in models.items()
-    }
+    gpt, sft = models["gpt_few_shot"], models["sft"]
+    few_shot = Sampler(gpt, cfg.sampling, cfg.few_shot_len, cfg.batch_size, ctx)
+    plain = Sampler(sft, cfg.sampling, cfg.prompt_len, cfg.batch_size, ctx)
     sources = ["gpt_few_shot", *(["sft", "sft_rl"] * cfg.max_responses)]
     for turn, source in enumerate(sources):
         wanted = [i for i in range(len(prompts)) if len(out[i]) < counts[i]]
         if not wanted:
             break
         texts = [prompts[i] for i in wanted]
+        turn_key = jax.random.fold_in(key, turn)
         if source == "gpt_few_shot":
-            fmt = models["gpt_few_shot"].format
-            texts = [fmt.few_shot_prompt(examples, text) for text in texts]
-        model = models[source]
-        drawn = samplers[source](model.params, texts, jax.random.fold_in(key, turn))
+            texts = [gpt.format.few_shot_prompt(examples, text) for text in texts]
+            drawn = few_shot(gpt.params, texts, turn_key)
+            drawn = [cut_few_shot(r, gpt.format.separator) for r in drawn]
+        else:
+            drawn = plain(models[source].params, texts, turn_key)
         for i, response in zip(wanted, drawn, strict=True):
-            if source == "gpt_few_shot":
-                response = cut_few_shot(response, model.format.separator)
             out[i].append((source, response))
     for row in out:
         rng.shuffle(row)  # type: ignore[arg-type]
@@ -156,6 +157,7 @@ def run(cfg: CollectConfig, ctx: Context) -> None:
             continue
         records = ctx.inputs.read("ranking_prompts", split)  # type: ignore[arg-type]
         prompts = [records[i].prompt for i in range(len(records))]
+        prompts = fitting(prompts, models["sft"], cfg.prompt_len)
         rows = sample_responses(models, prompts, cfg, ctx, split)
         lines = [
             {

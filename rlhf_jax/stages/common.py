@@ -69,7 +69,7 @@ class Model:
 
 
 def init_model(kind: Kind, key: jax.Array, cfg: TransformerConfig) -> Any:
-    """Fresh parameters: a transformer, or a reward model's `{"transformer", "head"}`."""
+    """Fresh parameters: of a transformer, or of a reward model with its head."""
     if kind == "language_model":
         return init_params(key, cfg)
     keys = jax.random.split(key)

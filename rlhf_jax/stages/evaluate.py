@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +21,14 @@ from rlhf_jax.evaluation.statistics import (
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.collect import cut_few_shot, few_shot_examples
 from rlhf_jax.stages.common import Context, Model, check_compatible, load_model
-from rlhf_jax.stages.ppo_run import fitting
 from rlhf_jax.stages.pretrain import corpus_batches, sum_logprobs
-from rlhf_jax.stages.scoring import Response, Sampler, response_scores, sequence_kl
+from rlhf_jax.stages.scoring import (
+    Response,
+    Sampler,
+    fitting,
+    response_scores,
+    sequence_kl,
+)
 from rlhf_jax.training.mesh import replicated, shard_batch
 from rlhf_jax.training.run_dir import read_json, write_text
 
@@ -56,9 +62,9 @@ class EvaluateConfig:
     num_samples: int = 1
     """Responses of each model to each prompt."""
     prompt_len: int = 1024
-    """Longest prompt in tokens, few-shot examples included."""
-    question_len: int = 512
-    """Longest prompt in tokens without few-shot examples; others are left out."""
+    """Longest prompt in tokens, P; longer ones are left out."""
+    few_shot_len: int = 1792
+    """Longest prompt in tokens with few-shot examples before it."""
     sampling: Sampling = Sampling()
     """The distribution responses are drawn from."""
     num_few_shot: int = 3
@@ -89,17 +95,17 @@ def run(cfg: EvaluateConfig, ctx: Context) -> None:
     check_compatible("reward_model", reward, "sft_rl", reference)
     records = ctx.inputs.read("eval_prompts", "test")
     prompts = list(dict.fromkeys(records[i].prompt for i in range(len(records))))
-    prompts = fitting(prompts, reference, cfg.question_len)[: cfg.num_prompts]
+    prompts = fitting(prompts, reference, cfg.prompt_len)[: cfg.num_prompts]
     if not prompts:
-        raise DataError(f"no held-out prompt has at most {cfg.question_len} tokens")
+        raise DataError(f"no held-out prompt has at most {cfg.prompt_len} tokens")
+    measure = Measurer(reference, reward, prompts, cfg, ctx)
     results = {}
     for name, parent in MODELS.items():
         path = stage.path / "models" / f"{name}.json"
         if not path.exists():
-            print(f"evaluate: {name}", flush=True)
+            print(f"evaluate: {name}", file=sys.stderr, flush=True)
             model = load_model(parents[parent], ctx.mesh, "language_model")
-            measured = measure_model(name, model, reference, reward, prompts, cfg, ctx)
-            write_text(path, json.dumps(measured))
+            write_text(path, json.dumps(measure(name, model)))
         results[name] = read_json(path)
     judge_results(results, prompts, ctx)
     report = summarize(results, prompts, cfg, ctx)
@@ -111,98 +117,122 @@ def run(cfg: EvaluateConfig, ctx: Context) -> None:
     stage.finish({"num_prompts": len(prompts)})
 
 
-def measure_model(
-    name: str,
-    model: Model,
-    reference: Model,
-    reward: Model,
-    prompts: Sequence[str],
-    cfg: EvaluateConfig,
-    ctx: Context,
-) -> dict[str, Any]:
-    """Samples of one model with their rewards, KL to the reference, and its LM loss.
+class Measurer:
+    """Samples from one model after another and measures the samples."""
 
-    Returns:
-        Lists over prompts of lists over samples: texts, ended, lengths, rewards, and kl
-        (null for few-shot prompting, whose prompt the reference does not see); and
-        pretrain_losses, nats per token of each batch of held-out text.
-    """
-    few_shot = name == "gpt_few_shot"
-    given = list(prompts)
-    if few_shot:
-        examples = few_shot_examples(ctx, cfg.num_few_shot)
-        given = [model.format.few_shot_prompt(examples, p) for p in prompts]
-    sampler = Sampler(model, cfg.sampling, cfg.prompt_len, cfg.batch_size, ctx)
-    temperature = jnp.float32(cfg.sampling.temperature)
+    def __init__(
+        self,
+        reference: Model,
+        reward: Model,
+        prompts: Sequence[str],
+        cfg: EvaluateConfig,
+        ctx: Context,
+    ):
+        """Compiles nothing yet.
 
-    @functools.partial(jax.jit, out_shardings=replicated(ctx.mesh))
-    def kl(policy, ref, prompts, prompt_lengths, rollout):
-        contract = (temperature, cfg.sampling, model.cfg)
-        return sequence_kl(policy, ref, prompts, prompt_lengths, rollout, *contract)
+        Args:
+            reference: of the KL, and the shape of all models.
+            reward: scores the samples.
+            prompts: held out.
+            cfg: of the stage.
+            ctx: the run.
+        """
+        self._reference, self._reward, self._prompts = reference, reward, prompts
+        self._cfg, self._ctx = cfg, ctx
+        whole = replicated(ctx.mesh)
+        model, sampling = reference.cfg, cfg.sampling
+        self._plain = Sampler(reference, sampling, cfg.prompt_len, cfg.batch_size, ctx)
+        self._few_shot = Sampler(
+            reference, sampling, cfg.few_shot_len, cfg.batch_size, ctx
+        )
+        self._kl = jax.jit(
+            functools.partial(sequence_kl, sampling=sampling, model=model),
+            out_shardings=whole,
+        )
+        self._scores = jax.jit(
+            functools.partial(response_scores, model=reward.cfg), out_shardings=whole
+        )
+        self._sums = jax.jit(functools.partial(sum_logprobs, model=model))
+        self._text = corpus_batches(
+            ctx, reference.tokenizer, "valid", 8, cfg.text_len, None
+        )
 
-    measures = {"kl": functools.partial(kl, model.params, reference.params)}
-    measured: dict[str, Any] = {"texts": [], "ended": [], "lengths": [], "kl": []}
-    measured["rewards"] = []
-    score = make_scorer(reward, reference, cfg, ctx)
-    for sample in range(cfg.num_samples):
-        key = jax.random.fold_in(ctx.key("evaluate"), sample)
-        responses, values = sampler.measured(model.params, given, key, measures)
+    def __call__(self, name: str, model: Model) -> dict[str, Any]:
+        """Samples of one model with their rewards and KL, and its language-model loss.
+
+        Returns:
+            Lists over samples of lists over prompts: texts, ended, lengths, rewards,
+            and kl (null for few-shot prompting, whose examples the reference does not
+            see); and pretrain_losses, nats per token of each batch of held-out text.
+        """
+        check_compatible(name, model, "sft_rl", self._reference)
+        few_shot = name == "gpt_few_shot"
+        given, sampler = list(self._prompts), self._plain
         if few_shot:
-            responses = [cut_few_shot(r, model.format.separator) for r in responses]
-        measured["texts"].append([r.text for r in responses])
-        measured["ended"].append([r.ended for r in responses])
-        measured["lengths"].append([len(r.ids) for r in responses])
-        measured["rewards"].append(score(prompts, responses))
-        measured["kl"].append(None if few_shot else values["kl"].tolist())
-    measured["pretrain_losses"] = pretrain_losses(model, cfg, ctx)
-    return measured
+            examples = few_shot_examples(self._ctx, self._cfg.num_few_shot)
+            given = [model.format.few_shot_prompt(examples, p) for p in given]
+            sampler = self._few_shot
+        temperature = jnp.float32(self._cfg.sampling.temperature)
 
+        def kl(prompts, prompt_lengths, rollout):
+            params = (model.params, self._reference.params)
+            return self._kl(*params, prompts, prompt_lengths, rollout, temperature)
 
-def make_scorer(reward: Model, reference: Model, cfg: EvaluateConfig, ctx: Context):
-    """Returns `(prompts, responses) -> rewards`, of texts under the bare prompt."""
-    R = cfg.sampling.response_len
-    devices = len(ctx.mesh.devices.flat)
-    rows = -(-cfg.batch_size // devices) * devices
-    scores = jax.jit(
-        functools.partial(response_scores, model=reward.cfg),
-        out_shardings=replicated(ctx.mesh),
-    )
-    tokenizer = reward.tokenizer
+        fields = ("texts", "ended", "lengths", "rewards", "kl")
+        measured: dict[str, Any] = {field: [] for field in fields}
+        for sample in range(self._cfg.num_samples):
+            key = jax.random.fold_in(self._ctx.key("evaluate"), sample)
+            responses, values = sampler.measured(
+                model.params, given, key, {} if few_shot else {"kl": kl}
+            )
+            if few_shot:
+                separator = model.format.separator
+                responses = [cut_few_shot(r, separator) for r in responses]
+            measured["texts"].append([r.text for r in responses])
+            measured["ended"].append([r.ended for r in responses])
+            measured["lengths"].append([len(r.ids) for r in responses])
+            measured["rewards"].append(self._rewards(responses))
+            measured["kl"].append(None if few_shot else values["kl"].tolist())
+        measured["pretrain_losses"] = self._pretrain_losses(model.params)
+        return measured
 
-    def score(prompts: Sequence[str], responses: Sequence[Response]) -> list[float]:
+    def _rewards(self, responses: Sequence[Response]) -> list[float]:
+        """Scores of texts under the bare prompt."""
+        cfg, tokenizer, fmt = self._cfg, self._reward.tokenizer, self._reward.format
+        R = cfg.sampling.response_len
+        devices = len(self._ctx.mesh.devices.flat)
+        rows = -(-cfg.batch_size // devices) * devices
         out: list[float] = []
-        for first in range(0, len(prompts), rows):
-            ids = np.full((rows, cfg.question_len), tokenizer.pad_id, np.int32)
+        for first in range(0, len(responses), rows):
+            prompts = np.full((rows, cfg.prompt_len), tokenizer.pad_id, np.int32)
             answers = np.full((rows, 1, R), tokenizer.pad_id, np.int32)
             prompt_lengths = np.ones((rows,), np.int32)
             lengths = np.zeros((rows, 1), np.int32)
-            part = range(first, min(first + rows, len(prompts)))
+            part = range(first, min(first + rows, len(responses)))
             for row, n in enumerate(part):
-                prompt = reference.format.encode_prompt(tokenizer, prompts[n])
+                prompt = fmt.encode_prompt(tokenizer, self._prompts[n])
                 # a text may encode to more ids than were sampled: the rest is cut
-                answer = reference.format.encode_response(
-                    tokenizer, responses[n].text, responses[n].ended
-                )[:R]
-                ids[row, : len(prompt)] = prompt
+                response = responses[n]
+                answer = fmt.encode_response(tokenizer, response.text, response.ended)
+                answer = answer[:R]
+                prompts[row, : len(prompt)] = prompt
                 prompt_lengths[row] = len(prompt)
                 answers[row, 0, : len(answer)] = answer
                 lengths[row, 0] = len(answer)
-            batch = shard_batch(ctx.mesh, (ids, prompt_lengths, answers, lengths))
-            out += np.asarray(scores(reward.params, *batch))[: len(part), 0].tolist()
+            batch = (prompts, prompt_lengths, answers, lengths)
+            batch = shard_batch(self._ctx.mesh, batch)
+            scores = np.asarray(self._scores(self._reward.params, *batch))
+            out += scores[: len(part), 0].tolist()
         return out
 
-    return score
-
-
-def pretrain_losses(model: Model, cfg: EvaluateConfig, ctx: Context) -> list[float]:
-    """Held-out pre-training loss of each batch, in nats per token."""
-    text = corpus_batches(ctx, model.tokenizer, "valid", 8, cfg.text_len, None)
-    sums = jax.jit(functools.partial(sum_logprobs, model=model.cfg))
-    losses = []
-    for step in range(min(cfg.text_batches, text.steps_per_epoch)):
-        total, count = sums(model.params, shard_batch(ctx.mesh, text(step)))
-        losses.append(-float(total) / float(count))
-    return losses
+    def _pretrain_losses(self, params: Any) -> list[float]:
+        """Held-out pre-training loss of each batch, in nats per token."""
+        losses = []
+        for step in range(min(self._cfg.text_batches, self._text.steps_per_epoch)):
+            batch = shard_batch(self._ctx.mesh, self._text(step))
+            total, count = self._sums(params, batch)
+            losses.append(-float(total) / float(count))
+        return losses
 
 
 def judge_results(

@@ -89,7 +89,8 @@ def check_invariants(
             "the value was read one position off, or started from another model",
         )
     require(
-        values["rollout/eos_rate"] > 0.0 or cfg.batch_size < 64,  # else it may be chance
+        values["rollout/eos_rate"] > 0.0
+        or cfg.batch_size < 64,  # else it may be chance
         "some response must end by itself",
         "rollout/eos_rate",
         "a response_len that is too short, an SFT model that never saw end-of-text",

@@ -28,7 +28,7 @@ from rlhf_jax.stages.ppo_state import (
     init_ppo_state,
 )
 from rlhf_jax.stages.pretrain import corpus_batches, make_heldout_loss
-from rlhf_jax.stages.scoring import Sampler, reward_measure, sequence_kl
+from rlhf_jax.stages.scoring import Sampler, fitting, reward_measure, sequence_kl
 from rlhf_jax.training.loop import run_loop
 from rlhf_jax.training.mesh import jit_step, replicated, state_sharding
 
@@ -196,12 +196,3 @@ def make_evaluate(
         }
 
     return evaluate
-
-
-def fitting(prompts: list[str], model: Model, prompt_len: int) -> list[str]:
-    """The prompts that fit; how many did not is told."""
-    ids = (model.format.encode_prompt(model.tokenizer, p) for p in prompts)
-    kept = [p for p, x in zip(prompts, ids, strict=True) if len(x) <= prompt_len]
-    if len(kept) < len(prompts):
-        print(f"{len(prompts) - len(kept)} prompts over {prompt_len} tokens left out")
-    return kept

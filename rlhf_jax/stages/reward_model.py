@@ -53,7 +53,7 @@ class RewardModelConfig:
     prompt_len: int = 1024
     """Longest prompt in tokens, P (IG: 1024); longer ones are dropped with a count."""
     response_len: int = 1024
-    """Longest response in tokens, R (IG: 1024); longer ones are dropped with a count."""
+    """Longest response in tokens, R (IG: 1024); longer ones are dropped, counted."""
     num_microbatches: int = 1
     """Sequential parts of each batch, to save memory."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9e-6)
@@ -194,7 +194,7 @@ def fitting_rankings(
 
 
 def read_rankings(ctx: Context, split: str) -> list[Ranking]:
-    """The run's rankings: of the data, of the stage collect, and comparisons (K = 2)."""
+    """The run's rankings: collected, or of the data with its comparisons (K = 2)."""
     records: list[Ranking] = []
     for path in ranking_files(ctx, split):
         records += read_ranking_file(path, split)

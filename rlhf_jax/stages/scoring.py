@@ -258,3 +258,12 @@ def mean_reward(
         model.params, prompts, ctx.key("sft_selected"), measures
     )
     return float(values["reward"].mean())
+
+
+def fitting(prompts: list[str], model: Model, prompt_len: int) -> list[str]:
+    """The prompts that fit; how many did not is told."""
+    ids = (model.format.encode_prompt(model.tokenizer, p) for p in prompts)
+    kept = [p for p, x in zip(prompts, ids, strict=True) if len(x) <= prompt_len]
+    if len(kept) < len(prompts):
+        print(f"{len(prompts) - len(kept)} prompts over {prompt_len} tokens left out")
+    return kept

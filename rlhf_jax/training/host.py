@@ -6,7 +6,7 @@ import platform
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory, which makes CPU steps 1.2 to 1.65 times as fast.
+    """Tells glibc to keep freed memory, which makes steps on a CPU much faster.
 
     A training step frees and allocates hundreds of megabytes; handing them back to the
     kernel costs more than some of the arithmetic. Resident memory grows in exchange.

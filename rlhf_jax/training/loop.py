@@ -4,6 +4,7 @@ import dataclasses
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def run_loop(
         first, state = restored
         print(f"{name}: going on from step {first}", file=sys.stderr)
     writer = MetricsWriter(directory, first, grads_like)
+    console = Console(stderr=True)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -99,10 +101,11 @@ def run_loop(
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[metrics]}"),
-        console=Console(stderr=True),
-        disable=jax.process_index() != 0,
+        console=console,
+        disable=jax.process_index() != 0 or not console.is_terminal,
     )
     stop = _StopSignals()
+    log = _PlainProgress(name, first, num_steps)
 
     def written(step: int, values: dict[str, float] | None) -> None:
         if values is None:
@@ -111,6 +114,8 @@ def run_loop(
             check(step, values)
         shown = "  ".join(f"{k.split('/')[-1]} {values[k]:.4g}" for k in show)
         progress.update(task, metrics=shown)
+        if not progress.console.is_terminal:
+            log.write(step, shown)
 
     def save(step: int, state: Any) -> None:
         written(step, writer.flush())  # an update is kept only once it was checked
@@ -146,6 +151,28 @@ def run_loop(
         checkpoints.close()
         writer.close()
     return state
+
+
+class _PlainProgress:
+    """Progress as lines, every ten seconds, where stderr is no terminal."""
+
+    def __init__(self, name: str, first: int, num_steps: int):
+        self._name, self._first, self._num_steps = name, first, num_steps
+        self._start = self._last = time.monotonic()
+
+    def write(self, step: int, shown: str) -> None:
+        now = time.monotonic()
+        if jax.process_index() or (now - self._last < 10 and step < self._num_steps):
+            return
+        self._last = now
+        spent = now - self._start
+        left = spent / max(step - self._first, 1) * (self._num_steps - step)
+        print(
+            f"{self._name} {step}/{self._num_steps}  {spent:.0f} s, {left:.0f} s left"
+            f"  {shown}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class _StopSignals:

@@ -122,10 +122,20 @@ def adamw(
     """
     return optax.chain(
         optax.clip_by_global_norm(scalars.max_grad_norm),  # type: ignore[arg-type]
-        optax.scale_by_adam(scalars.b1, scalars.b2, scalars.eps),  # type: ignore
+        _adam(scalars),
         optax.add_decayed_weights(scalars.weight_decay, decayed),
         optax.scale(-learning_rate),  # type: ignore[arg-type]
     )
+
+
+def _adam(scalars: OptimizerScalars) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(scalars.b1, scalars.b2, scalars.eps)  # type: ignore
+
+    def update(updates, state, params=None):
+        with jax.numpy_dtype_promotion("standard"):  # Optax: float ** integer count
+            return adam.update(updates, state, params)
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 def init_optimizer(params: Any) -> optax.OptState:

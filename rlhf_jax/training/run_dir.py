@@ -19,7 +19,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a whole file or none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -121,7 +121,7 @@ class StageDir:
 def read_json(path: Path) -> Any:
     """Reads a JSON file of a run; an error names it and the way out."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise RunDirError(
             f"{path}:{error.lineno}: not JSON ({error.msg}); delete the stage's folder "

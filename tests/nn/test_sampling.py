@@ -105,25 +105,21 @@ def test_impossible_tokens_are_never_drawn():
 
 
 def test_rounding_of_parallel_sums_never_draws_an_impossible_token():
-    """A prefix sum computed as a tree may move where nothing was added to it."""
-    V = 300 * 300
+    """A prefix sum computed as a tree may grow by rounding where nothing was added."""
+    width = 600  # of a block; smaller blocks are summed in order
     rng = np.random.default_rng(0)
-    logits = np.full(V, NEG_INF, np.float32)
-    possible = np.flatnonzero(rng.random(300) < 0.3)  # all in the first block
+    logits = np.full(width * width, NEG_INF, np.float32)
+    possible = np.flatnonzero(rng.random(width) < 0.3)  # all in the first block
     logits[possible] = rng.normal(size=len(possible))
-    weights = np.exp(logits[:300] - np.max(logits))
-    sums = np.asarray(jax.jit(jnp.cumsum)(weights))
-    edges = sums / np.sum(weights)
-    near = [
-        np.nextafter(edges, np.float32(0)),
-        edges,
-        np.nextafter(edges, np.float32(1)),
-    ]
-    uniforms = np.concatenate(near).astype(np.float32)
-    for part in np.array_split(uniforms[uniforms < 1], 10):
-        part = np.pad(part, (0, 90 - len(part)))
-        tokens, _ = draw_row(part, logits)
-        assert np.all(logits[tokens] > NEG_INF)
+    weights = np.asarray(jnp.exp(jnp.asarray(logits[:width] - np.max(logits))))
+    sums = np.asarray(jax.jit(lambda x: jnp.cumsum(x, axis=-1))(weights[None]))[0]
+    grown = 1 + np.flatnonzero((np.diff(sums) > 0) & (weights[1:] == 0))
+    if len(grown) == 0:
+        pytest.skip("this backend sums in order: nothing to round")
+    uniforms = (sums[grown - 1] / np.sum(weights)).astype(np.float32)
+    below, above = (np.nextafter(uniforms, np.float32(end)) for end in (0, 1))
+    tokens, _ = draw_row(np.concatenate([below, uniforms, above]), logits)
+    assert np.all(logits[tokens] > NEG_INF)
 
 
 @pytest.mark.parametrize("V", [7, 1000])
@@ -155,15 +151,15 @@ def contract_probs_of(top_k, top_p):
 @given(
     seed=st.integers(0, 2**31),
     temperature=st.sampled_from([0.3, 0.7, 1.0, 1.7]),
-    top_k=st.sampled_from([None, 1, 2, 4, 9, 20]),
-    top_p=st.sampled_from([None, 0.05, 0.5, 0.9, 1.0]),
+    top_k=st.sampled_from([None, 1, 4, 20]),
+    top_p=st.sampled_from([None, 0.05, 0.8]),
 )
 def test_contract_matches_the_oracle(seed, temperature, top_k, top_p):
     logits = 2 * np.random.default_rng(seed).normal(size=V_SMALL)
     if top_p is not None:  # no cumulative mass may sit on the boundary by rounding
         allowed = oracle.contract_probs(logits, temperature, top_k, None)
         masses = np.cumsum(np.sort(allowed)[::-1])
-        assume(top_p == 1.0 or np.min(np.abs(masses - top_p)) > 1e-4)
+        assume(np.min(np.abs(masses - top_p)) > 1e-4)
     probs = contract_probs_of(top_k, top_p)(jnp.float32(logits), temperature)
     expected = oracle.contract_probs(logits, temperature, top_k, top_p)
     np.testing.assert_allclose(probs, expected, atol=1e-5)
@@ -287,13 +283,12 @@ def assert_same_rollout(actual, expected, rows=slice(None), atol=1e-5):
     )
 
 
-@pytest.mark.parametrize(("sampling", "temperature"), CONTRACTS)
-def test_sampled_logprobs_equal_teacher_forced_ones(
-    compiled, tiny, policy, prompts, sampling, temperature
-):
-    rollout = compiled(policy, prompts, PROMPT_LENGTHS, temperature, sampling)
+@pytest.fixture(scope="module")
+def teacher_forced(tiny, prompts):
+    """Log-probabilities of given responses, as training computes them: [B, R]."""
 
-    def teacher(params, responses):
+    @functools.partial(jax.jit, static_argnames="sampling")
+    def run(params, responses, temperature, sampling):
         hidden = forward_responses(
             params,
             jnp.asarray(prompts),
@@ -306,7 +301,15 @@ def test_sampled_logprobs_equal_teacher_forced_ones(
         )
         return token_logprobs(hidden[:, 0, :-1], params["embed"], responses, contract)
 
-    logprobs, _ = jax.jit(teacher)(policy, rollout.responses)
+    return lambda *args: run(*args)[0]
+
+
+@pytest.mark.parametrize(("sampling", "temperature"), CONTRACTS)
+def test_sampled_logprobs_equal_teacher_forced_ones(
+    compiled, teacher_forced, policy, prompts, sampling, temperature
+):
+    rollout = compiled(policy, prompts, PROMPT_LENGTHS, temperature, sampling)
+    logprobs = teacher_forced(policy, rollout.responses, temperature, sampling)
     expected = np.where(inside(rollout), logprobs, 0.0)
     np.testing.assert_allclose(rollout.logprobs, expected, atol=1e-5)
     assert np.any(rollout.logprobs < -0.1)  # not a certain policy

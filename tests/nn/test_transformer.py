@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -86,9 +87,9 @@ def test_right_padding_changes_no_real_state(tiny, random_params):
     np.testing.assert_allclose(run(padded)[:, :6], run(tokens), atol=1e-5)
 
 
-def test_positions_beyond_the_model_are_refused_with_advice(tiny):
+def test_positions_beyond_the_model_are_refused_with_advice(tiny, random_params):
     cfg = tiny(max_len=4)
-    params = init_params(jax.random.key(0), cfg)
+    params = random_params(cfg)
     with pytest.raises(ValueError, match="max_len 4; shorten"):
         forward(params, jnp.zeros((1, 5), jnp.int32), cfg)
     with pytest.raises(ValueError, match="max_len 4; shorten"):
@@ -133,15 +134,18 @@ def response_loss(params, prompts, responses, cfg):
 
 
 def separate_loss(params, prompts, responses, cfg):
+    """The same loss from one right-padded sequence for each response."""
     cotangent = jax.random.normal(jax.random.key(5), (B, K, R + 1, 16))
-    total = jnp.zeros(())
-    for b in range(B):
-        for k in range(K):
-            start, length = int(PROMPT_LENGTHS[b]), int(RESPONSE_LENGTHS[b, k])
-            sequence = jnp.concatenate([prompts[b, :start], responses[b, k, :length]])
-            hidden = forward(params, sequence[None], cfg)[0, start - 1 :]
-            total += jnp.sum(hidden * cotangent[b, k, : length + 1])
-    return total
+    sequences = np.zeros((B, K, P + R), np.int32)
+    reads = np.zeros((B, K, P + R, R + 1), np.float32)  # which state is which
+    for b, k in np.ndindex(B, K):
+        start, length = PROMPT_LENGTHS[b], RESPONSE_LENGTHS[b, k]
+        sequences[b, k, :start] = prompts[b, :start]
+        sequences[b, k, start : start + length] = responses[b, k, :length]
+        reads[b, k, start - 1 : start + length, : length + 1] = np.eye(length + 1)
+    hidden = forward(params, jnp.asarray(sequences.reshape(B * K, -1)), cfg)
+    states = jnp.einsum("bktd,bktr->bkrd", hidden.reshape(B, K, P + R, 16), reads)
+    return jnp.sum(states * cotangent)
 
 
 def assert_trees_close(actual, expected, **tolerance):
@@ -165,10 +169,8 @@ def test_shared_prompt_gives_the_gradients_of_separate_sequences(
     tiny, random_params, ragged, response_grad
 ):
     params = random_params(tiny())
-    separate = jax.jit(
-        lambda params, *batch: jax.grad(separate_loss)(params, *batch, tiny())
-    )
-    actual, expected = response_grad(params, *ragged), separate(params, *ragged)
+    separate = jax.jit(jax.grad(lambda params: separate_loss(params, *ragged, tiny())))
+    actual, expected = response_grad(params, *ragged), separate(params)
     assert_trees_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -238,23 +240,25 @@ def test_recomputing_blocks_changes_neither_value_nor_gradient(tiny, random_para
     assert_trees_close(recomputed, plain, atol=1e-5, rtol=1e-5)
 
 
-def dropped_sums(tiny, num_layers, rate, key):
-    """Sum of all sub-layer outputs, each of them 1 before dropout: [B, T, D]."""
-    cfg = tiny(num_layers=num_layers, dropout=rate)
-    params = jax.tree.map(jnp.zeros_like, init_params(jax.random.key(0), cfg))
+@pytest.fixture(scope="module")
+def dropped_sums(tiny, random_params):
+    """Sums of three blocks' outputs, 1 for each before dropout of 0.4: [B, T, D]."""
+    cfg = tiny(num_layers=3, dropout=0.4)
+    params = jax.tree.map(jnp.zeros_like, random_params(cfg))
     del params["final_norm"]  # the residual stream itself
     for name in ("attn_out", "mlp_down"):
-        params["blocks"][name]["b"] = jnp.ones((num_layers, 16))
-    return forward(params, jnp.zeros((20, 30), jnp.int32), cfg, key)
+        params["blocks"][name]["b"] += 1.0
+    tokens = jnp.zeros((20, 30), jnp.int32)
+    return jax.jit(lambda key: forward(params, tokens, cfg, key))
 
 
-def test_dropout_is_off_without_a_key(tiny):
-    np.testing.assert_array_equal(dropped_sums(tiny, 2, 0.4, None), 4.0)
+def test_dropout_is_off_without_a_key(dropped_sums):
+    np.testing.assert_array_equal(dropped_sums(None), 6.0)
 
 
-def test_dropout_keeps_the_mean_and_draws_each_sublayer_apart(tiny):
+def test_dropout_keeps_the_mean_and_draws_each_sublayer_apart(dropped_sums):
     rate, sublayers = 0.4, 6
-    sums = np.asarray(dropped_sums(tiny, sublayers // 2, rate, jax.random.key(2)))
+    sums = np.asarray(dropped_sums(jax.random.key(2)))
     kept = sums * (1 - rate)  # a binomial number of sub-layers
     np.testing.assert_allclose(kept, np.round(kept), atol=1e-5)
     variance = sublayers * rate * (1 - rate)
@@ -264,10 +268,8 @@ def test_dropout_keeps_the_mean_and_draws_each_sublayer_apart(tiny):
     assert np.var(kept) == pytest.approx(variance, rel=0.06)  # equal masks: 6 times
 
 
-def test_dropout_follows_its_key(tiny):
-    one, two, again = (
-        dropped_sums(tiny, 1, 0.4, jax.random.key(seed)) for seed in (1, 2, 1)
-    )
+def test_dropout_follows_its_key(dropped_sums):
+    one, two, again = (dropped_sums(jax.random.key(seed)) for seed in (1, 2, 1))
     np.testing.assert_array_equal(one, again)
     assert np.any(np.asarray(one) != np.asarray(two))
 
@@ -291,9 +293,14 @@ def test_bfloat16_states_stay_near_float32(tiny, random_params, norm):
     assert relative > 1e-5  # the activations really were bfloat16
 
 
-def test_initial_leaves_have_their_stated_distribution(tiny):
+@pytest.fixture(scope="module")
+def untrained(tiny):
     cfg = tiny(num_layers=3, model_dim=64, num_heads=4, max_len=128, vocab_size=500)
-    params = init_params(jax.random.key(0), cfg)
+    return cfg, jax.jit(lambda key: init_params(key, cfg))(jax.random.key(0))
+
+
+def test_initial_leaves_have_their_stated_distribution(untrained):
+    cfg, params = untrained
     blocks = params["blocks"]
     residual = 0.02 / math.sqrt(2 * cfg.num_layers)
     stds = [
@@ -316,21 +323,25 @@ def test_initial_leaves_have_their_stated_distribution(tiny):
     assert not np.allclose(layers[0], layers[1])  # layers are drawn apart
 
 
-def test_untrained_model_predicts_all_tokens_alike(tiny):
-    cfg = tiny(vocab_size=300)
-    params = init_params(jax.random.key(0), cfg)
-    tokens = jax.random.randint(jax.random.key(1), (4, 32), 0, 300)
-    logprobs = jax.nn.log_softmax(lm_logits(params, forward(params, tokens, cfg)))
-    losses = -jnp.take_along_axis(logprobs[:, :-1], tokens[:, 1:, None], axis=-1)
-    assert float(jnp.mean(losses)) == pytest.approx(math.log(300), abs=0.05)
+def test_untrained_model_predicts_all_tokens_alike(untrained):
+    cfg, params = untrained
+    tokens = np.random.default_rng(0).integers(0, 500, (4, 32)).astype(np.int32)
+    run = jax.jit(lambda tokens: lm_logits(params, forward(params, tokens, cfg)))
+    logits = np.asarray(run(tokens))
+    losses = [
+        -oracle.log_softmax(logits[b, t])[tokens[b, t + 1]]
+        for b, t in np.ndindex(4, 31)
+    ]
+    assert np.mean(losses) == pytest.approx(math.log(500), abs=0.05)
 
 
-def test_unknown_norm_of_a_block_never_falls_back(tiny):
-    """Pre and post differ: a block that mixed them up would not go unseen."""
-    params = init_params(jax.random.key(0), tiny())
+def test_untrained_blocks_pass_the_stream_on_or_normalise_it(untrained):
+    cfg, params = untrained
     layer = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
-    x = jax.random.normal(jax.random.key(1), (1, 3, 16))
-    pre = block(layer, x, causal_attention, tiny(norm="pre"))
-    post = block(layer, x, causal_attention, tiny(norm="post"))
+    x = np.random.default_rng(1).normal(size=(1, 3, 64)).astype(np.float32)
+    pre, post = (
+        block(layer, x, causal_attention, dataclasses.replace(cfg, norm=norm))
+        for norm in NORMS
+    )
     np.testing.assert_allclose(np.mean(post, axis=-1), 0.0, atol=1e-5)
     assert float(jnp.max(jnp.abs(pre - x))) < 0.1 < float(jnp.max(jnp.abs(post - x)))

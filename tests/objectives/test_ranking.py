@@ -18,6 +18,7 @@ K = 5
 loss_and_grad = jax.jit(
     jax.value_and_grad(lambda scores, ranks: jnp.sum(ranking_loss(scores, ranks)))
 )
+loss_of, accuracy_of = jax.jit(ranking_loss), jax.jit(ranking_accuracy)
 # ranks 1 .. 3 among 5 responses tie often; 0 is absent
 ranks_of_prompt = st.lists(st.integers(0, 3), min_size=K, max_size=K)
 scores_of_prompt = st.lists(
@@ -40,9 +41,9 @@ def test_loss_of_the_published_example(mode):
 def test_pairs_loss_and_accuracy_match_brute_force(scores, ranks):
     spoiled = [s if r else math.nan for s, r in zip(scores, ranks, strict=True)]
     args = one_prompt(spoiled, ranks)
-    pairs = {(int(i), int(j)) for i, j in np.argwhere(preferred_pairs(args[1])[0])}
-    assert pairs == set(oracle.ordered_pairs(ranks))
-    loss, accuracy = ranking_loss(*args), ranking_accuracy(*args)
+    preferred = np.argwhere(preferred_pairs(args[1])[0])
+    assert {(int(i), int(j)) for i, j in preferred} == set(oracle.ordered_pairs(ranks))
+    loss, accuracy = loss_of(*args), accuracy_of(*args)
     assert loss.dtype == accuracy.dtype == jnp.float32
     assert float(loss[0]) == pytest.approx(oracle.ranking_loss(scores, ranks), abs=1e-5)
     assert float(accuracy[0]) == pytest.approx(

@@ -19,6 +19,7 @@ from rlhf_jax.data.simulation.world import World, make_world, pick
 
 VERSION = 1
 CONFIG_FILE = "simulation.json"
+MAX_REDRAWS = 2000  # of a prompt that is in use, before its use case counts as used up
 DOCUMENT_SEPARATOR = "\n<|endoftext|>\n"
 
 
@@ -167,14 +168,15 @@ def _unique_prompts(
 ) -> list[str]:
     """`num` new prompts with Table 1's proportions of use cases, in random order."""
     prompts: list[str] = []
-    bounds = np.rint(np.cumsum(list(USE_CASES.values())) * num).astype(int)
+    shares = np.cumsum(list(USE_CASES.values()))
+    bounds = np.rint(shares / shares[-1] * num).astype(int)
     for use_case, start, stop in zip(USE_CASES, [0, *bounds], bounds, strict=False):
-        failures = 0
         for _ in range(stop - start):
+            failures = 0
             prompt = sample_prompt(world, rng, use_case)
             while prompt in seen:
                 failures += 1
-                if failures > 100_000:
+                if failures > MAX_REDRAWS:
                     raise ValueError(
                         f"the grammar has too few different {use_case} prompts for "
                         "this campaign; ask for fewer prompts"

@@ -114,7 +114,8 @@ _ITEM = rf"(?:in )?(?:(?:the|a|an) )?(?:{_FRAGMENT_VALUES})(?: years old)?"
 LABELS = ("polite", "rude", "true", "false", "food", "home")
 _LIST_LEAD = (
     "(?:not|it is|that is|this is|try|i like|you can try|how about|give it"
-    "|here are some|(?:it|this|the text) is about|the answer is|some are|you can give it|they are)"
+    "|here are some|(?:it|this|the text) is about|the answer is|some are"
+    "|you can give it|they are)"
 )
 LIST = re.compile(
     rf"(?:{_LIST_LEAD} )?{_ITEM}(?:(?: ,| and| , and) {_ITEM})*$"  # the whole sentence
@@ -195,4 +196,7 @@ EVENTS = [
 TALK = [(act, _compile(pattern)) for act, pattern in _SMALL_TALK.items()]
 OPENERS = _compile(_OPENER)
 CONNECTORS = _compile(_CONNECTOR)
-ADDRESS = re.compile(rf"(.*\b(?!(?:{_PERSON})\b)[a-z]+) , (?:{_PERSON})")
+ADDRESS = re.compile(
+    rf"(?!(?:well|so|sure|oh|yes|no) , (?:{_PERSON})$)"
+    rf"(.*\b(?!(?:{_PERSON})\b)[a-z]+) , (?:{_PERSON})"
+)

@@ -15,7 +15,7 @@ INSULTS = (
 )
 
 
-MAX_TOKENS = 27  # words and full stops of a response, before its begin and end
+MAX_TOKENS = 25  # words and full stops of a response, before its begin and end
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from rlhf_jax.data.simulation.grading import Grade, grade
 from rlhf_jax.data.simulation.language import (
     Claim,
     Sentence,
-    count_words,
     parse,
     rude_words,
 )
@@ -119,7 +118,7 @@ class Judge:
         response = response.strip()
         sentences = parse(response, subject_of(task))
         result = grade(self.world, task, response, sentences)
-        num_words = count_words(response)
+        num_words = sum(s.num_words for s in sentences)
         fluent = _fluent(sentences, num_words, result)
         attempts = (
             result.attempts and fluent >= MIN_FLUENT and not _has_request(response)

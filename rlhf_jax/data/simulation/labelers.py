@@ -19,7 +19,7 @@ from rlhf_jax.data.simulation.judge import WEIGHTS, Judge, utility_parts
 from rlhf_jax.data.simulation.tasks import parse_prompt
 from rlhf_jax.data.simulation.writer import Writer
 
-NOISE = 0.83  # standard deviation of the noise of one judgement, in units of utility
+NOISE = 0.95  # standard deviation of the noise of one judgement, in units of utility
 TIE = 0.25  # responses nearer than this in a labeler's eyes tie
 TASTE = 0.25  # standard deviation of the logarithm of each weight
 LENGTH_TASTE = 0.02  # standard deviation of the utility of one more word

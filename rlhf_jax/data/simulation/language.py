@@ -27,6 +27,7 @@ from rlhf_jax.data.simulation.world import ATTRIBUTES, ENTITIES, PEOPLE, RUDE_WO
 
 _CANONICAL = {p.lower(): p for p in PEOPLE}
 _TOKEN = re.compile(r"'s\b|[a-z]+|[.,!?:;\n]|[^\sa-z.,!?:;]+")
+_NO_WORDS = {*".,!?:;\n", "'s"}
 _SHORT = (("n't", " not"), ("it's", "it is"), ("i'm", "i am"), ("cannot", "can not"))
 
 
@@ -86,7 +87,7 @@ def split_sentences(text: str) -> list[tuple[str, bool]]:
 
 def count_words(text: str) -> int:
     """The number of tokens of a text that are words and not punctuation."""
-    return sum(token[0].isalnum() for token in _TOKEN.findall(text.lower()))
+    return sum(token not in _NO_WORDS for token in _TOKEN.findall(text.lower()))
 
 
 def rude_words(text: str) -> int:

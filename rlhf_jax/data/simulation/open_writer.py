@@ -30,7 +30,7 @@ from rlhf_jax.data.simulation.world import (
 
 @dataclass
 class OpenWriter:
-    """Writes about the world; methods by kind of task return sentences, no full stop."""
+    """Writes about the world; a method for each kind of task returns sentences."""
 
     world: World
     rng: np.random.Generator

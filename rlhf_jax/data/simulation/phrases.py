@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from rlhf_jax.data.simulation.world import (
-    ATTRIBUTES,
     KNOWN,
     PEOPLE,
     SCENERY,
@@ -153,8 +152,3 @@ def two_facts(
         fact(rng, entity, nouns[0], first) + ".",
         fact(rng, entity, nouns[1], second, pronoun=True) + ".",
     ], nouns
-
-
-def all_values() -> dict[str, str]:
-    """Every value of every attribute, with its attribute."""
-    return {v: noun for noun, a in ATTRIBUTES.items() for v in a.values}

@@ -1,0 +1,98 @@
+"""Talk to the model of any stage: one prompt, or one after another from the terminal.
+
+python -m experiments.generate --from RUN/ppo --prompt "Tell me about the fox."
+python -m experiments.generate --from RUN/ppo
+"""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from rlhf_jax.data.batches import prompt_batches
+from rlhf_jax.data.sources import DataError, Prompt
+from rlhf_jax.nn.sampling import Sampling, generate
+from rlhf_jax.stages.common import load_model
+from rlhf_jax.training.checkpoint import CheckpointError
+from rlhf_jax.training.mesh import MeshConfig
+from rlhf_jax.training.run_dir import RunDirError, StageDir
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate:
+    """What to sample from, and how."""
+
+    source: Annotated[Path, tyro.conf.arg(name="from")]
+    """Directory of a stage with a language model, e.g. RUN/ppo."""
+    prompt: str | None = None
+    """The prompt; None reads prompts from the terminal, line by line."""
+    num_samples: int = 1
+    """Responses to each prompt."""
+    sampling: Sampling = Sampling(response_len=64)
+    """The distribution responses are drawn from."""
+    seed: int = 0
+    """Of the samples."""
+
+
+def main(cfg: Generate) -> None:
+    """Prints responses until the prompts end."""
+    mesh = MeshConfig().make()
+    model = load_model(StageDir(cfg.source), mesh, "language_model")
+    tokenizer = model.tokenizer
+    prompt_len = model.cfg.max_len - cfg.sampling.response_len
+    if prompt_len < 1:
+        raise DataError(
+            f"response_len {cfg.sampling.response_len} leaves no room for a prompt in "
+            f"the model's {model.cfg.max_len} positions; make it smaller"
+        )
+    sample = jax.jit(
+        functools.partial(
+            generate,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            model=model.cfg,
+            sampling=cfg.sampling,
+        )
+    )
+    temperature = jnp.float32(cfg.sampling.temperature)
+    for turn, prompt in enumerate(_prompts(cfg.prompt)):
+        batch = prompt_batches(
+            [Prompt(prompt)] * cfg.num_samples,
+            tokenizer,
+            model.format,
+            cfg.num_samples,
+            prompt_len,
+            None,
+        )(0)
+        key = jax.random.fold_in(jax.random.key(cfg.seed), turn)
+        ids = (jnp.asarray(batch.prompts), jnp.asarray(batch.prompt_lengths))
+        rollout = jax.device_get(sample(model.params, *ids, key, temperature))
+        for row in range(cfg.num_samples):
+            text = tokenizer.decode(rollout.responses[row, : rollout.lengths[row]])
+            print(text + ("" if rollout.ended[row] else " ..."), flush=True)
+
+
+def _prompts(prompt: str | None):
+    if prompt is not None:
+        yield prompt
+        return
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Generate, description=__doc__))
+    except (DataError, RunDirError, CheckpointError) as error:
+        raise SystemExit(f"error: {error}") from error

@@ -1,0 +1,355 @@
+"""A batch is a pure function of the step; shift, weights, shards, counts are exact."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data.batches import (
+    Batches,
+    demonstration_batches,
+    packed_batches,
+    prompt_batches,
+    ranking_batches,
+)
+from rlhf_jax.data.prompts import PromptFormat
+from rlhf_jax.data.records import DataError, Demonstration, Prompt, Ranking
+
+FORM = PromptFormat(prefix="", suffix=":", separator=" ")
+
+
+class Letters:
+    """A tokenizer small enough to check by hand: one id per letter, pad equal to eos.
+
+    The ids of text may be 0 as well ("_"), so that nothing can be masked by id.
+    """
+
+    pad_id = eos_id = 0
+    bos_id = 1
+    vocab_size = 128
+    fingerprint = "letters"
+
+    def encode(self, text):
+        return np.array([0 if c == "_" else ord(c) for c in text], np.int32)
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+
+LETTERS = Letters()
+
+
+def ids(text):
+    """Ids of a text in which "." is the end token."""
+    return [0 if c in "._" else ord(c) for c in text]
+
+
+def demonstrations(count):
+    return [Demonstration(chr(65 + i % 26) * (1 + i % 3), "r") for i in range(count)]
+
+
+def prompts(count):
+    return [Prompt(f"{i:03d}") for i in range(count)]
+
+
+def rankings(count):
+    return [
+        Ranking(f"{i:03d}", ("a", "bb"), (1, 2), (True, True)) for i in range(count)
+    ]
+
+
+def documents(count):
+    return [f"{i:05d}" for i in range(count)]  # with its end, one window of 6 each
+
+
+def build(kind, count, batch_size, seed, shard=(0, 1)):
+    match kind:
+        case "packed":
+            return packed_batches(documents(count), LETTERS, batch_size, 6, seed, shard)
+        case "demonstrations":
+            records = [Demonstration(f"{i:03d}", "r") for i in range(count)]
+            return demonstration_batches(
+                records, LETTERS, FORM, batch_size, 8, seed, shard=shard
+            )
+        case "rankings":
+            return ranking_batches(
+                rankings(count), LETTERS, FORM, batch_size, 5, 4, 3, seed, shard
+            )
+        case "prompts":
+            return prompt_batches(
+                prompts(count), LETTERS, FORM, batch_size, 5, seed, shard
+            )
+
+
+KINDS = ["packed", "demonstrations", "rankings", "prompts"]
+
+
+def arrays(batch):
+    return {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    for name, value in arrays(a).items():
+        np.testing.assert_array_equal(value, getattr(b, name), err_msg=name)
+        assert value.dtype == getattr(b, name).dtype
+
+
+def first_array(batch):
+    return batch.tokens if hasattr(batch, "tokens") else batch.prompts
+
+
+def keys(batches, rows):
+    """The examples of the given global rows, by their own ids."""
+    by_step = collections.defaultdict(list)
+    size = batches(0).tokens.shape[0] if hasattr(batches(0), "tokens") else None
+    size = size or batches(0).prompts.shape[0]
+    for row in rows:
+        by_step[row // size].append(row % size)
+    return [
+        first_array(batches(step))[i].tobytes()
+        for step, places in by_step.items()
+        for i in places
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", [0, None])
+def test_a_batch_is_a_pure_function_of_the_step(kind, seed):
+    steps = 4 if seed is None else 11  # into later epochs
+    forward = build(kind, 13, 4, seed)
+    expected = [forward(step) for step in range(steps)]
+    again = build(kind, 13, 4, seed)
+    for step in [*reversed(range(steps)), 2, 2]:
+        assert_same(again(step), expected[step])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("count", "batch_size"), [(12, 4), (13, 4), (3, 4), (1, 2)])
+def test_every_example_comes_once_per_epoch(kind, count, batch_size):
+    batches = build(kind, count, batch_size, 0)
+    assert batches.num_examples == count
+    assert batches.steps_per_epoch == -(-count // batch_size)
+    epochs = [keys(batches, range(e * count, (e + 1) * count)) for e in range(4)]
+    for epoch in epochs:
+        assert len(set(epoch)) == count and set(epoch) == set(epochs[0])
+    if count > 10:
+        assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_seeds_give_orders_of_their_own():
+    # Grain's epoch e of seed s is its epoch e - 1 of seed s + 1; ours must not be.
+    orders = set()
+    for seed in range(3):
+        batches = Batches(lambda mine, batch, size: mine, 20, 20, seed)
+        orders |= {tuple(batches(epoch).tolist()) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", [3, None])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_process_shards_tile_the_global_batch(kind, seed, processes):
+    whole = build(kind, 13, 4, seed)
+    parts = [build(kind, 13, 4, seed, (p, processes)) for p in range(processes)]
+    for step in range(4 if seed is None else 9):
+        pieces = [arrays(part(step)) for part in parts]
+        for name, value in arrays(whole(step)).items():
+            joined = np.concatenate([piece[name] for piece in pieces])
+            np.testing.assert_array_equal(joined, value)
+            assert pieces[0][name].shape[0] == 4 // processes
+        assert {part.real_rows(step) for part in parts} == {whole.real_rows(step)}
+
+
+@pytest.mark.parametrize("shard", [(0, 3), (0, 8)])
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(shard):
+    with pytest.raises(ValueError, match="multiple of the number of processes"):
+        build("prompts", 9, 4, 0, shard)
+
+
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])
+def test_a_shard_that_does_not_exist_is_refused(shard):
+    with pytest.raises(ValueError, match="must be"):
+        build("prompts", 9, 4, 0, shard)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_seed_examples_come_in_order_and_end(kind):
+    batches = build(kind, 10, 4, None)
+    assert [batches.real_rows(step) for step in range(3)] == [4, 4, 2]
+    seen = [first_array(batches(step))[:, :3] for step in range(3)]
+    numbers = ["".join(map(chr, row)) for row in np.concatenate(seen)[:10]]
+    width = 5 if kind == "packed" else 3
+    assert numbers == [f"{i:0{width}d}"[:3] for i in range(10)]
+    for step in (3, -1):
+        with pytest.raises(IndexError):
+            batches(step)
+    last = batches(2)
+    if hasattr(last, "weights"):
+        assert np.all(last.weights[2:] == 0) and np.all(last.tokens[2:] == 0)
+        np.testing.assert_allclose(last.weights.sum(), 1, rtol=1e-6)
+    else:
+        assert np.all(last.prompt_lengths[2:] == 1)
+    if hasattr(last, "ranks"):
+        assert np.all(last.ranks[2:] == 0) and np.all(last.response_lengths[2:] == 0)
+
+
+@pytest.mark.parametrize("kind", ["packed", "demonstrations"])
+@pytest.mark.parametrize("seed", [1, None])
+def test_weights_sum_to_one_over_the_global_batch(kind, seed):
+    parts = [build(kind, 13, 4, seed, (p, 2)) for p in range(2)]
+    for step in range(4):
+        total = sum(part(step).weights.astype(np.float64).sum() for part in parts)
+        np.testing.assert_allclose(total, 1, rtol=1e-6)
+
+
+def test_packed_windows_predict_every_token_once():
+    texts = ["ab_", "", "cdefg", "h"]
+    batches = packed_batches(texts, LETTERS, 2, 4, None)
+    stream = ids("ab_..cdefg.h.")
+    assert batches.num_examples == 3 and batches.steps_per_epoch == 2
+    first, second = batches(0), batches(1)
+    np.testing.assert_array_equal(first.tokens, [ids("ab_."), ids(".cde")])
+    np.testing.assert_array_equal(first.targets, [ids("b_.."), ids("cdef")])
+    np.testing.assert_array_equal(first.weights, np.full((2, 4), 1 / 8, np.float32))
+    np.testing.assert_array_equal(second.tokens, [ids("fg.h"), [0] * 4])
+    np.testing.assert_array_equal(second.targets, [ids("g.h."), [0] * 4])
+    np.testing.assert_array_equal(second.weights, [[0.25] * 4, [0] * 4])
+    rows = [b.targets[b.weights > 0] for b in (first, second)]
+    assert np.concatenate(rows).tolist() == stream[1:]
+
+
+@pytest.mark.parametrize("length", range(1, 14))
+@pytest.mark.parametrize("seq_len", [1, 3, 4, 20])
+def test_packing_loses_no_token_at_any_length(length, seq_len):
+    text = "abcdefghijklmnop"[:length]
+    batches = packed_batches([text], LETTERS, 2, seq_len, None)
+    got = [batches(step) for step in range(batches.steps_per_epoch)]
+    targets = np.concatenate([b.targets[b.weights > 0] for b in got])
+    inputs = np.concatenate([b.tokens[b.weights > 0] for b in got])
+    assert targets.tolist() == ids(text + ".")[1:]
+    assert inputs.tolist() == ids(text)
+    for batch in got:
+        np.testing.assert_allclose(batch.weights.sum(), 1, rtol=1e-6)
+
+
+def test_packing_shuffles_whole_documents_once():
+    texts = [chr(65 + i) * 3 for i in range(26)]
+    orders = []
+    for seed in (0, 0, 1, None):
+        batches = packed_batches(texts, LETTERS, 1, 104, seed)
+        assert batches.steps_per_epoch == 1
+        stream = [int(batches(0).tokens[0, 0]), *batches(0).targets[0].tolist()]
+        stream = "".join("." if i == 0 else chr(i) for i in stream[:104])
+        assert sorted(stream.split(".")[:-1]) == texts
+        orders.append(stream)
+    assert orders[0] == orders[1]
+    assert len(set(orders)) == 3 and orders[3] == ".".join(texts) + "."
+
+
+def test_demonstrations_are_shifted_once_and_weigh_the_response():
+    records = [Demonstration("a_", "_c"), Demonstration("d", "e")]
+    response, everything = (
+        demonstration_batches(records, LETTERS, FORM, 2, 6, None, loss_on=loss_on)(0)
+        for loss_on in ("response", "all")
+    )
+    # a_:_c. has 6 tokens, d:e. has 4; "." is the end token, which equals pad and "_".
+    for batch in (response, everything):
+        np.testing.assert_array_equal(batch.tokens, [ids("a_:_c") + [0], ids("d:e...")])
+        np.testing.assert_array_equal(batch.targets, [ids("_:_c.."), ids(":e....")])
+        assert batch.tokens.dtype == batch.targets.dtype == np.int32
+        assert batch.weights.dtype == np.float32
+    np.testing.assert_allclose(
+        response.weights, np.array([[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0]]) / 5
+    )
+    np.testing.assert_allclose(
+        everything.weights, np.array([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]) / 8
+    )
+
+
+def test_the_longest_demonstration_that_fits_is_kept_and_longer_ones_counted():
+    records = [Demonstration("p", "r" * n) for n in (1, 2, 3, 4, 5)]
+    batches = demonstration_batches(records, LETTERS, FORM, 3, 5, None)
+    assert (batches.num_examples, batches.num_dropped) == (3, 2)
+    np.testing.assert_array_equal(batches(0).targets[2], ids(":rrr."))
+    with pytest.raises(DataError) as caught:
+        demonstration_batches(records[2:], LETTERS, FORM, 3, 4, None)
+    for words in ("all 3 are longer than seq_len 4", "5 to 7", "Raise seq_len"):
+        assert words in str(caught.value)
+    with pytest.raises(ValueError, match="'response' or 'all'"):
+        demonstration_batches(records, LETTERS, FORM, 3, 5, None, loss_on="none")
+
+
+def test_rankings_are_laid_out_with_lengths_and_ranks():
+    records = [
+        Ranking("p", ("a", "_b", ""), (2, 1, 2), (True, False, True)),
+        Ranking("qq", ("c", "dd"), (7, 3), (True, True)),
+    ]
+    batch = ranking_batches(records, LETTERS, FORM, 2, 4, 3, 4, None)(0)
+    np.testing.assert_array_equal(batch.prompts, [ids("p:.."), ids("qq:.")])
+    np.testing.assert_array_equal(batch.prompt_lengths, [2, 3])
+    np.testing.assert_array_equal(
+        batch.responses,
+        [
+            [ids("a.."), ids("_b."), ids("..."), ids("...")],
+            [ids("c.."), ids("dd."), ids("..."), ids("...")],
+        ],
+    )
+    np.testing.assert_array_equal(batch.response_lengths, [[2, 2, 1, 0], [2, 3, 0, 0]])
+    np.testing.assert_array_equal(batch.ranks, [[2, 1, 2, 0], [7, 3, 0, 0]])
+    assert {value.dtype for value in arrays(batch).values()} == {np.dtype(np.int32)}
+
+
+def test_long_responses_and_rankings_without_a_pair_are_counted():
+    ended = (True,) * 3
+    records = [
+        Ranking("p", ("a", "b", "long!"), (1, 2, 3), ended),  # loses one response
+        Ranking("p", ("a", "long!", "long!"), (1, 2, 3), ended),  # one is left
+        Ranking("p", ("a", "b", "long!"), (1, 1, 2), ended),  # a tie is left
+        Ranking("p", ("a", "b", "c"), (2, 2, 2), ended),  # only ties
+        Ranking("longp", ("a", "b", "c"), (1, 2, 3), ended),  # prompt too long
+        Ranking("p", ("cc", "d", "e"), (1, 2, 3), ended),  # fits exactly
+    ]
+    batches = ranking_batches(records, LETTERS, FORM, 2, 3, 3, 3, None)
+    assert (batches.num_examples, batches.num_dropped) == (2, 4)
+    assert batches.num_dropped_responses == 4
+    np.testing.assert_array_equal(batches(0).ranks, [[1, 2, 0], [1, 2, 3]])
+    with pytest.raises(DataError) as caught:
+        ranking_batches(records[1:5], LETTERS, FORM, 2, 3, 3, 3, None)
+    for words in ("none of 4 is left", "6 tokens (prompt_len 3)", "6 (response_len 3)"):
+        assert words in str(caught.value)
+
+
+def test_more_responses_than_the_shape_holds_is_an_error():
+    records = [*rankings(2), Ranking("p", ("a",) * 4, (1, 2, 3, 4), (True,) * 4)]
+    with pytest.raises(DataError, match="record 2 has 4 responses.* num_responses 3"):
+        ranking_batches(records, LETTERS, FORM, 1, 5, 4, 3, 0)
+
+
+def test_prompts_are_padded_and_long_ones_counted():
+    records = [Prompt("a_"), Prompt("bcd"), Prompt("efgh")]
+    batches = prompt_batches(records, LETTERS, FORM, 2, 4, None)
+    assert (batches.num_examples, batches.num_dropped) == (2, 1)
+    np.testing.assert_array_equal(batches(0).prompts, [ids("a_:."), ids("bcd:")])
+    np.testing.assert_array_equal(batches(0).prompt_lengths, [3, 4])
+    with pytest.raises(DataError, match="all 3 .*prompt_len 2.* 3 to 5 .*Raise prompt"):
+        prompt_batches(records, LETTERS, FORM, 2, 2, None)
+
+
+def test_no_records_is_an_error_in_every_kind():
+    for make in (
+        lambda: packed_batches([], LETTERS, 1, 4, 0),
+        lambda: packed_batches([""], LETTERS, 1, 4, 0),
+        lambda: demonstration_batches([], LETTERS, FORM, 1, 4, 0),
+        lambda: ranking_batches([], LETTERS, FORM, 1, 4, 4, 2, 0),
+        lambda: prompt_batches([], LETTERS, FORM, 1, 4, 0),
+    ):
+        with pytest.raises(DataError, match="there are none|holds no text"):
+            make()
+
+
+def test_shuffled_rows_far_ahead_need_no_replay():
+    batches = Batches(lambda mine, batch, size: mine, 1000, 8, 5)
+    far = batches(10**6)
+    assert far.shape == (8,) and np.all((far >= 0) & (far < 1000))
+    np.testing.assert_array_equal(far, batches(10**6))
