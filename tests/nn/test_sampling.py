@@ -495,7 +495,7 @@ def test_decoding_on_the_cache_gives_the_states_of_a_full_run(tiny, random_param
     params = random_params(cfg)
     tokens = jnp.arange(7, dtype=jnp.int32)[None] % 5
     cache = prefill(params, tokens[:, :4], cfg, num_columns=4)  # holds three tokens
-    assert cache[0].shape == cache[1].shape == (2, 1, 3 + 4, 2, 8)
+    assert cache[0].shape == cache[1].shape == (2, 1, 2, 3 + 4, 8)
     expected = forward(params, tokens, cfg)
     step = jax.jit(functools.partial(decode_step, cfg=cfg))
     for t in range(3, 7):

@@ -1,0 +1,155 @@
+"""Devices are an implementation detail: any mesh gives the same numbers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.data.batches import TokenBatch
+from rlhf_jax.nn.transformer import init_params
+from rlhf_jax.stages.pretrain import lm_loss
+from rlhf_jax.training.mesh import (
+    MeshConfig,
+    jit_step,
+    pmap_step,
+    replicated,
+    shard_batch,
+    state_sharding,
+)
+from rlhf_jax.training.optimizers import OptimizerConfig
+from rlhf_jax.training.state import init_state
+from rlhf_jax.training.step import make_train_step
+
+CFG = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, eps=1e-3)
+ROWS, T, STEPS = 16, 6, 3
+
+
+def one_device():
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh(
+        (1, 1), ("data", "fsdp"), axis_types=auto, devices=jax.devices()[:1]
+    )
+
+
+def make_batch(step: int, vocab_size: int) -> TokenBatch:
+    """As of demonstrations: row i has weight on a ragged stretch, some rows on none."""
+    rng = np.random.default_rng(step)
+    ids = rng.integers(0, vocab_size, (ROWS, T + 1)).astype(np.int32)
+    start, length = rng.integers(0, 3, (ROWS, 1)), rng.integers(0, 5, (ROWS, 1))
+    mask = (np.arange(T) >= start) & (np.arange(T) < start + length)
+    return TokenBatch(
+        tokens=ids[:, :-1],
+        targets=ids[:, 1:],
+        weights=(mask / mask.sum()).astype(np.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def train(tiny, random_params):
+    """Runs three steps of a language model on a mesh; the same numbers are expected."""
+    model = tiny(vocab_size=16)
+    loss = functools.partial(lm_loss, model=model)
+
+    def make():
+        return init_state(random_params(model), jax.random.key(0))
+
+    def on_mesh(mesh):
+        step = make_train_step(loss, CFG, 10)
+        sharding = state_sharding(mesh, jax.eval_shape(make))
+        state = jax.device_put(make(), sharding)
+        compiled = jit_step(step, mesh, sharding)
+        losses = []
+        for i in range(STEPS):
+            batch = shard_batch(mesh, make_batch(i, model.vocab_size))
+            state, metrics = compiled(state, batch, CFG.scalars())
+            losses.append(float(metrics["loss"]))
+        return losses, state
+
+    def on_pmap():
+        step = pmap_step(make_train_step(loss, CFG, 10, axis_name="devices"))
+        state, losses = make(), []
+        for i in range(STEPS):
+            batch = jax.tree.map(
+                lambda x: x.reshape(8, -1, *x.shape[1:]),
+                make_batch(i, model.vocab_size),
+            )
+            state, metrics = step(state, batch, CFG.scalars())
+            losses.append(float(metrics["loss"]))
+        return losses, state
+
+    return lambda mesh: on_pmap() if mesh is None else on_mesh(mesh)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(train):
+    losses, state = train(one_device())
+    return losses, jax.device_get(state.params)
+
+
+MESHES = {"data 8": 1, "data 4 x fsdp 2": 2, "fsdp 8": 8}
+
+
+@pytest.mark.parametrize("name", [*MESHES, "pmap"])
+def test_eight_devices_learn_what_one_learns(name, train, on_one_device):
+    mesh = None if name == "pmap" else MeshConfig(fsdp=MESHES[name]).make()
+    losses, state = train(mesh)
+    expected_losses, expected_params = on_one_device
+    assert expected_losses[0] != expected_losses[-1]
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        jax.device_get(state.params),
+        expected_params,
+    )
+    if mesh is not None:
+        whole = state.params["embed"]
+        held = whole.addressable_shards[0].data.size * mesh.shape["fsdp"]
+        assert held == whole.size
+        assert len(whole.sharding.device_set) == 8
+
+
+def test_leaves_are_cut_along_their_largest_axis_that_divides(tiny):
+    mesh = MeshConfig(fsdp=8).make()
+    like = jax.ShapeDtypeStruct
+    state = {
+        "wide": like((8, 3, 64), jnp.float32),
+        "odd": like((7, 9), jnp.float32),
+        "scalar": like((), jnp.float32),
+        "small": like((4,), jnp.float32),
+        "key": jax.eval_shape(lambda: jax.random.key(0)),
+    }
+    specs = jax.tree.map(lambda s: s.spec, state_sharding(mesh, state))
+    assert specs == {
+        "wide": jax.P(None, None, "fsdp"),
+        "odd": jax.P(),
+        "scalar": jax.P(),
+        "small": jax.P(),
+        "key": jax.P(),
+    }
+    without = jax.tree.map(lambda s: s.spec, state_sharding(one_device(), state))
+    assert set(without.values()) == {jax.P()}
+
+
+@pytest.mark.parametrize("fsdp", [0, 3, 16])
+def test_an_fsdp_that_does_not_divide_names_what_does(fsdp):
+    with pytest.raises(ValueError, match=r"8 devices; valid: \[1, 2, 4, 8\]"):
+        MeshConfig(fsdp=fsdp).make()
+
+
+def test_rows_that_cannot_be_dealt_are_refused():
+    mesh = MeshConfig().make()
+    with pytest.raises(ValueError, match="12 rows per process .* over 8 local devices"):
+        shard_batch(mesh, {"x": np.zeros((12, 2))})
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_a_sharded_batch_keeps_its_rows_in_order(fsdp):
+    mesh = MeshConfig(fsdp=fsdp).make()
+    rows = np.arange(32, dtype=np.int32).reshape(16, 2)
+    batch = shard_batch(mesh, rows)
+    np.testing.assert_array_equal(batch, rows)
+    shards = [s.data.shape for s in batch.addressable_shards]
+    assert shards == [(2, 2)] * 8
+    assert replicated(mesh).is_fully_replicated

@@ -1,0 +1,157 @@
+"""A stage's directory belongs to one command, and says so."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.training.run_dir import (
+    RunDirError,
+    StageDir,
+    model_from_json,
+    read_json,
+    to_json,
+    write_text,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float = 0.1
+    names: tuple[str, ...] = ("a", "b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    steps: int = 3
+    path: Path = Path("x/y")
+    inner: Inner = Inner()
+    extra: int | None = None
+
+
+DATA = {"corpus/train": "abc"}
+
+
+def opened(path, config=None, data=DATA, parents=None):
+    stage = StageDir(path)
+    stage.open("sft", Config() if config is None else config, data, parents or {})
+    return stage
+
+
+def test_the_same_command_opens_a_directory_again(tmp_path):
+    opened(tmp_path / "sft")
+    before = (tmp_path / "sft" / "config.json").read_bytes()
+    opened(tmp_path / "sft")
+    assert (tmp_path / "sft" / "config.json").read_bytes() == before
+
+
+def test_another_config_lists_every_field_that_differs(tmp_path):
+    opened(tmp_path / "sft")
+    other = Config(steps=4, inner=Inner(rate=0.2))
+    with pytest.raises(RunDirError) as caught:
+        opened(tmp_path / "sft", other)
+    text = str(caught.value)
+    assert str(tmp_path / "sft") in text
+    assert "config.steps: 3 there, 4 now" in text
+    assert "config.inner.rate: 0.1 there, 0.2 now" in text
+    assert "config.path" not in text and "names" not in text
+    assert "--run" in text and "delete" in text
+
+
+def test_an_option_that_is_new_or_gone_is_a_difference(tmp_path):
+    stage = opened(tmp_path / "sft")
+    made_from = read_json(stage.path / "config.json")
+    del made_from["config"]["steps"]
+    made_from["config"]["old"] = 1
+    write_text(stage.path / "config.json", json.dumps(made_from))
+    with pytest.raises(RunDirError) as caught:
+        opened(tmp_path / "sft")
+    assert "config.steps: 'absent' there, 3 now" in str(caught.value)
+    assert "config.old: 1 there, 'absent' now" in str(caught.value)
+
+
+def test_other_data_is_a_difference(tmp_path):
+    opened(tmp_path / "sft")
+    with pytest.raises(RunDirError, match="data.corpus/train: 'abc' there, 'xyz' now"):
+        opened(tmp_path / "sft", data={"corpus/train": "xyz"})
+
+
+def test_an_unfinished_parent_names_the_command_to_run(tmp_path):
+    parent = StageDir(tmp_path / "pretrain")
+    with pytest.raises(RunDirError, match=r"python -m experiments\.pretrain --run") as e:
+        opened(tmp_path / "sft", parents={"pretrain": parent})
+    assert str(tmp_path) in str(e.value)
+    assert not (tmp_path / "sft").exists()
+
+
+def test_a_parent_made_again_differently_is_a_difference(tmp_path):
+    def parent(steps):
+        stage = StageDir(tmp_path / f"pretrain{steps}")
+        stage.open("pretrain", Config(steps=steps), DATA, {})
+        stage.finish({})
+        return stage
+
+    opened(tmp_path / "sft", parents={"pretrain": parent(1)})
+    opened(tmp_path / "sft", parents={"pretrain": parent(1)})
+    with pytest.raises(RunDirError, match="parents.pretrain"):
+        opened(tmp_path / "sft", parents={"pretrain": parent(2)})
+
+
+def test_a_fingerprint_covers_config_data_and_parents(tmp_path):
+    def made(name, **kwargs):
+        return opened(tmp_path / name, **kwargs).fingerprint()
+
+    same = made("a")
+    assert same == made("b")
+    assert len({same, made("c", config=Config(steps=9)), made("d", data={})}) == 3
+
+
+def test_a_stage_is_done_when_its_summary_is_written(tmp_path):
+    stage = opened(tmp_path / "sft")
+    assert not stage.done
+    stage.finish({"loss": 1.5})
+    assert stage.done and stage.summary() == {"loss": 1.5}
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "done.json"
+    write_text(path, "old")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_a_damaged_json_names_file_line_and_way_out(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{\n"a": 1,\n')
+    with pytest.raises(RunDirError, match=r"config\.json:3: not JSON .*delete"):
+        read_json(path)
+
+
+def test_configs_become_plain_json():
+    assert to_json((Config(), {"a": Path("b")})) == [
+        {
+            "steps": 3,
+            "path": "x/y",
+            "inner": {"rate": 0.1, "names": ["a", "b"]},
+            "extra": None,
+        },
+        {"a": "b"},
+    ]
+
+
+def test_a_model_comes_back_as_it_was_written(tmp_path):
+    cfg = TransformerConfig(num_layers=3, dropout=0.1, dtype="bfloat16")
+    path = tmp_path / "model.json"
+    write_text(path, json.dumps({"kind": "reward_model", **to_json(cfg)}))
+    assert model_from_json(path) == cfg
+    write_text(path, json.dumps({"kind": "reward_model", "num_layers": 3}))
+    with pytest.raises(RunDirError, match="another version"):
+        model_from_json(path)
