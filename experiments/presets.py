@@ -60,10 +60,6 @@ def _adamw(learning_rate: float, **kwargs) -> OptimizerConfig:
     return OptimizerConfig(learning_rate=learning_rate, **kwargs)
 
 
-def _ppo(ppo: PPOConfig, ptx: dict) -> dict[str, PPOConfig]:
-    return {"ppo": ppo, "ppo_ptx": dataclasses.replace(ppo, **ptx)}
-
-
 def embedded() -> InstructGPT:
     """The simulated campaign on two CPU cores, in minutes.
 
@@ -77,7 +73,7 @@ def embedded() -> InstructGPT:
         batch_size=128,
         num_minibatches=8,
         policy_optimizer=_adamw(
-            3e-4, schedule="constant", warmup_steps=10, warmup_fraction=0.1
+            2e-4, schedule="constant", warmup_steps=10, warmup_fraction=0.1
         ),
         value_optimizer=_adamw(3e-4, schedule="constant"),
         ema_decay=0.98,
@@ -89,16 +85,17 @@ def embedded() -> InstructGPT:
     )
     return InstructGPT(
         run=Path("runs/instructgpt"),
+        simulation=SimulationConfig(num_ranking_prompts=1600),
         tokenizer=TokenizerConfig(vocab_size=768),
         pretrain=PretrainConfig(
             model=TransformerConfig(
-                num_layers=4, model_dim=128, num_heads=4, max_len=192
+                num_layers=2, model_dim=192, num_heads=6, max_len=192
             ),
-            num_steps=900,
+            num_steps=1300,
             batch_size=16,
-            seq_len=128,
-            optimizer=_adamw(2e-3, warmup_steps=50, weight_decay=0.1),
-            loop=LoopConfig(checkpoint_every=150, eval_every=150),
+            seq_len=112,
+            optimizer=_adamw(3e-3, warmup_steps=50, weight_decay=0.1, b2=0.98),
+            loop=LoopConfig(checkpoint_every=200, eval_every=260),
         ),
         sft=SFTConfig(
             num_epochs=16,
@@ -120,10 +117,11 @@ def embedded() -> InstructGPT:
             batch_size=16,
             prompt_len=48,
             response_len=48,
-            optimizer=_adamw(5e-4),
+            optimizer=_adamw(1e-3, warmup_steps=10),
             loop=LoopConfig(checkpoint_every=25, eval_every=25),
         ),
-        **_ppo(ppo, {"ptx_coef": 1.0, "ptx_per_episode": 1}),
+        ppo=ppo,
+        ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),
         evaluate=EvaluateConfig(
             prompt_len=48,
             few_shot_len=144,
@@ -170,7 +168,8 @@ def smoke() -> InstructGPT:
         sft_rl=replace(base.sft_rl, num_epochs=2, batch_size=16, loop=loop),
         collect=replace(base.collect, batch_size=32),
         reward_model=replace(base.reward_model, loop=loop),
-        **_ppo(ppo, {"ptx_coef": 1.0, "ptx_per_episode": 1}),
+        ppo=ppo,
+        ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),
         evaluate=replace(base.evaluate, batch_size=32, text_batches=4),
     )
 
@@ -191,13 +190,14 @@ def gpu() -> InstructGPT:
             num_epochs=2,
             seq_len=768,
             pretrain_fraction=0.1,
-            optimizer=_adamw(1.04e-5),
+            optimizer=_adamw(5e-6),
         ),
         collect=CollectConfig(prompt_len=512, few_shot_len=768, sampling=sampling),
         reward_model=RewardModelConfig(
             prompt_len=512, response_len=512, num_microbatches=16
         ),
-        **_ppo(ppo, {"ptx_coef": 27.8, "ptx_len": 512}),
+        ppo=ppo,
+        ppo_ptx=dataclasses.replace(ppo, ptx_coef=27.8, ptx_len=512),
         evaluate=EvaluateConfig(prompt_len=512, few_shot_len=768, sampling=sampling),
     )
 
@@ -276,7 +276,8 @@ def cpu() -> InstructGPT:
             optimizer=_adamw(1e-4),
             loop=LoopConfig(checkpoint_every=30, eval_every=30),
         ),
-        **_ppo(ppo, {"ptx_coef": 1.0, "ptx_per_episode": 1}),
+        ppo=ppo,
+        ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),
         evaluate=EvaluateConfig(
             prompt_len=128,
             few_shot_len=384,

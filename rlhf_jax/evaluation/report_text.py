@@ -313,7 +313,7 @@ def _stages(
                 f"`{stage}`",
                 "yes" if stage in finished else "no",
                 str(last),
-                _first_to_last(metrics.get("train/loss")),
+                _first_to_last(metrics.get("loss")),
                 _first_to_last(metrics.get("heldout/loss")),
                 _first_to_last(metrics.get("heldout/score")),
             )

@@ -36,13 +36,13 @@ def draw_losses(run: RunData) -> Figure:
         ("sft_rl", "loss", "SFT (RL init)", "nats per token"),
         ("reward_model", "loss", "Reward model", "nats per comparison"),
     ]
-    drawn = [panel for panel in panels if "train/loss" in run.curves.get(panel[0], {})]
+    drawn = [panel for panel in panels if "loss" in run.curves.get(panel[0], {})]
     if not drawn:
-        raise MissingInput("no stage wrote train/loss to its metrics.jsonl")
+        raise MissingInput("no stage wrote loss to its metrics.jsonl")
     figure, axes = make_panels(len(drawn), columns=2)
     for axis, (stage, name, title, unit) in zip(axes, drawn, strict=True):
         curves = run.curves[stage]
-        plot_curve(axis, curves[f"train/{name}"], TRAIN_COLOR, "training batches")
+        plot_curve(axis, curves[name], TRAIN_COLOR, "training batches")
         if f"heldout/{name}" in curves:
             plot_points(axis, curves[f"heldout/{name}"], HELD_OUT_COLOR, "held out")
         if stage == "reward_model":

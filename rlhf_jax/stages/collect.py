@@ -38,8 +38,8 @@ class CollectConfig:
     batch_size: int = 128
     """Prompts sampled at a time."""
     ranked: Path | None = None
-    """Your labelers' rankings of RUN/collect/to_rank.jsonl, where the data has no
-    simulated labelers: the same lines with `ranks` filled in."""
+    """Your labelers' rankings of RUN/collect/to_rank_train.jsonl, where nobody is
+    simulated: the same lines with `ranks` filled in."""
 
     def __post_init__(self):
         if not 2 <= self.min_responses <= self.max_responses:

@@ -11,16 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.data import simulation
 from rlhf_jax.data.sources import DataError
-from rlhf_jax.evaluation.statistics import (
-    mean_estimate,
-    paired_difference,
-    preference_rate,
-)
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.collect import cut_few_shot, few_shot_examples
 from rlhf_jax.stages.common import Context, Model, check_compatible, load_model
+from rlhf_jax.stages.comparison import judge_results, sample_lines, summarize
 from rlhf_jax.stages.pretrain import corpus_batches, sum_logprobs
 from rlhf_jax.stages.scoring import (
     Response,
@@ -41,16 +36,6 @@ MODELS = {
     "ppo_ptx": "ppo_ptx",
 }
 """Names in the report, and the stages they come from."""
-
-DIFFERENCES = {
-    "gold_score": (
-        ("gpt_few_shot", "gpt"),
-        ("sft", "gpt_few_shot"),
-        ("ppo", "sft"),
-        ("ppo_ptx", "sft"),
-    ),
-    "pretrain_loss": (("ppo", "sft_rl"), ("ppo_ptx", "sft_rl"), ("ppo", "ppo_ptx")),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +93,9 @@ def run(cfg: EvaluateConfig, ctx: Context) -> None:
             write_text(path, json.dumps(measure(name, model)))
         results[name] = read_json(path)
     judge_results(results, prompts, ctx)
-    report = summarize(results, prompts, cfg, ctx)
+    report = summarize(
+        results, len(prompts), cfg.num_samples, cfg.sampling.temperature, ctx
+    )
     write_text(stage.path / "evaluation.json", json.dumps(report, indent=2))
     lines = sample_lines(results, prompts, ctx)
     write_text(
@@ -233,146 +220,3 @@ class Measurer:
             total, count = self._sums(params, batch)
             losses.append(-float(total) / float(count))
         return losses
-
-
-def judge_results(
-    results: dict[str, Any], prompts: Sequence[str], ctx: Context
-) -> None:
-    """Adds gold scores, metadata labels and preferences over SFT to every model.
-
-    With simulated labelers each prompt's preference is the mean over the held-out
-    labelers, who rank the model's response against SFT's; otherwise the reward model
-    judges. A tie counts half.
-    """
-    labelers, judge = [], None
-    if ctx.inputs.simulated:
-        _, _, judge, people = simulation.load_campaign(ctx.inputs.root)
-        labelers = [labeler for labeler in people if labeler.held_out]
-    sft = results["sft"]
-    for model in results.values():
-        num_samples = len(model["texts"])
-        model["gold"], model["labels"], model["preferences"] = [], [], []
-        for s in range(num_samples):
-            rows = list(zip(prompts, model["texts"][s], model["ended"][s], strict=True))
-            if judge is not None:
-                model["gold"].append([judge.gold_score(*row) for row in rows])
-                model["labels"].append([judge.metadata_labels(*row) for row in rows])
-            if labelers:
-                rng = np.random.default_rng(ctx.data_seed(f"evaluate/judge/{s}"))
-                preferences = []
-                for n, (prompt, text, ended) in enumerate(rows):
-                    pair = ([text, sft["texts"][s][n]], [ended, sft["ended"][s][n]])
-                    ranks = [x.rank(prompt, *pair, rng) for x in labelers]
-                    preferences.append([float(np.sign(b - a)) for a, b in ranks])
-            else:
-                margins = np.subtract(model["rewards"][s], sft["rewards"][s])
-                preferences = np.sign(margins)[:, None].tolist()
-            model["preferences"].append(preferences)
-
-
-def summarize(
-    results: dict[str, Any], prompts: Sequence[str], cfg: EvaluateConfig, ctx: Context
-) -> dict[str, Any]:
-    """Estimates with intervals, clustered by prompt, as the report reads them."""
-
-    def estimate(values: Any, keep_none: bool = False) -> Any:
-        """Of [samples][prompts] values."""
-        table = np.asarray(values, np.float64)
-        clusters = np.tile(np.arange(table.shape[1]), table.shape[0])
-        flat = table.reshape(-1)
-        if keep_none:
-            clusters, flat = clusters[~np.isnan(flat)], flat[~np.isnan(flat)]
-        if flat.size == 0:
-            return None
-        one_each = table.shape[0] == 1
-        return mean_estimate(flat, None if one_each else clusters).to_json()
-
-    def label(model: dict[str, Any], name: str, negate: bool = False) -> Any:
-        def number(x: Any) -> float:
-            return float("nan") if x is None else float(x != negate)
-
-        rows = [[number(x[name]) for x in sample] for sample in model["labels"]]
-        return estimate(rows, keep_none=True)
-
-    models = {}
-    for name, model in results.items():
-        preferences = np.asarray(model["preferences"])  # [samples, prompts, judges]
-        models[name] = {
-            "gold_score": estimate(model["gold"]) if model["gold"] else None,
-            "reward": estimate(model["rewards"]),
-            "win_rate_vs_sft": preference_rate(
-                (preferences.mean(axis=(0, 2)) + 1.0) / 2.0
-            ).to_json(),
-            "wins": float(np.mean(preferences > 0)),
-            "ties": float(np.mean(preferences == 0)),
-            "losses": float(np.mean(preferences < 0)),
-            "kl_to_reference": None
-            if model["kl"][0] is None
-            else estimate(model["kl"]),
-            "response_length": estimate(model["lengths"]),
-            "eos_rate": estimate(np.asarray(model["ended"], float)),
-            "pretrain_loss": mean_estimate(model["pretrain_losses"]).to_json(),
-            "metadata": None
-            if not model["labels"]
-            else {
-                "follows_instruction": label(model, "fails_instruction", negate=True),
-                "meets_constraints": label(model, "violates_constraint", negate=True),
-                "invents_facts": label(model, "hallucination"),
-                "inappropriate": label(model, "inappropriate"),
-            },
-        }
-
-    def difference(key: str, a: str, b: str) -> Any:
-        x, y = np.asarray(results[a][key]), np.asarray(results[b][key])
-        if x.ndim == 2:
-            x, y = x.mean(0), y.mean(0)
-        return paired_difference(x, y).to_json()
-
-    pairs = DIFFERENCES["gold_score"]
-    differences = {
-        "pretrain_loss": {
-            f"{a}-{b}": difference("pretrain_losses", a, b)
-            for a, b in DIFFERENCES["pretrain_loss"]
-        },
-        "reward": {f"{a}-{b}": difference("rewards", a, b) for a, b in pairs},
-    }
-    if results["sft"]["gold"]:
-        differences["gold_score"] = {
-            f"{a}-{b}": difference("gold", a, b) for a, b in pairs
-        }
-    return {
-        "judge": "simulated labelers" if ctx.inputs.simulated else "reward model",
-        "num_prompts": len(prompts),
-        "num_samples": cfg.num_samples,
-        "temperature": cfg.sampling.temperature,
-        "seed": ctx.seed,
-        "models": models,
-        "differences": differences,
-    }
-
-
-def sample_lines(
-    results: dict[str, Any], prompts: Sequence[str], ctx: Context
-) -> list[dict[str, Any]]:
-    """The first sample of every model side by side, a line per prompt."""
-    judge = (
-        simulation.load_campaign(ctx.inputs.root)[2] if ctx.inputs.simulated else None
-    )
-    lines = []
-    for n, prompt in enumerate(prompts):
-        first = {name: model["texts"][0][n] for name, model in results.items()}
-        lines.append(
-            {
-                "prompt": prompt,
-                "use_case": None
-                if judge is None
-                else judge.parse_prompt(prompt).use_case,
-                "responses": first,
-                "ended": {name: m["ended"][0][n] for name, m in results.items()},
-                "rewards": {name: m["rewards"][0][n] for name, m in results.items()},
-                "gold_scores": None
-                if judge is None
-                else {name: m["gold"][0][n] for name, m in results.items()},
-            }
-        )
-    return lines

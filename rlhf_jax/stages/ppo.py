@@ -5,6 +5,7 @@ clipped policy and value steps over minibatches. With `ptx_coef` each step adds 
 gradient of the pre-training loss to the same update (PPO-ptx).
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -261,7 +262,7 @@ def optimize(
         "value/learning_rate": lr["value"],
         "nonfinite": bad,
     }
-    state = state.replace(params=params, opt_state=opt_state, ema=ema)
+    state = dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema)
     return state, metrics
 
 
@@ -321,4 +322,6 @@ def ppo_update(
             scalars.kl_horizon,
             cfg.batch_size,
         )
-    return state.replace(step=state.step + 1, kl_coef=kl_coef), metrics | update_metrics
+    return dataclasses.replace(
+        state, step=state.step + 1, kl_coef=kl_coef
+    ), metrics | update_metrics

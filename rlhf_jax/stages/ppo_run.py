@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from rlhf_jax.stages.pretrain import corpus_batches, make_heldout_loss
 from rlhf_jax.stages.scoring import Sampler, fitting, reward_measure, sequence_kl
 from rlhf_jax.training.loop import run_loop
 from rlhf_jax.training.mesh import jit_step, replicated, state_sharding
+from rlhf_jax.training.run_dir import write_text
 
 
 def make_inputs(cfg: PPOConfig, reference: Model, ctx: Context, name: str) -> Any:
@@ -177,16 +179,17 @@ def make_evaluate(
         }
         key = ctx.key("ppo/heldout")
         responses, values = sampler.measured(policy, prompts, key, measures)
-        with (ctx.stage(name).path / "samples.jsonl").open("a") as file:
-            for n in range(min(8, len(prompts))):
-                row = {
-                    "step": step,
-                    "prompt": prompts[n],
-                    "response": responses[n].text,
-                    "ended": responses[n].ended,
-                    "score": float(values["score"][n]),
-                }
-                file.write(json.dumps(row) + "\n")
+        rows = [
+            {
+                "step": step,
+                "prompt": prompts[n],
+                "response": responses[n].text,
+                "ended": responses[n].ended,
+                "score": float(values["score"][n]),
+            }
+            for n in range(min(8, len(prompts)))
+        ]
+        keep_samples(ctx.stage(name).path / "samples.jsonl", step, rows)
         return {
             "heldout/score": float(values["score"].mean()),
             "heldout/kl": float(values["kl"].mean()),
@@ -196,3 +199,11 @@ def make_evaluate(
         }
 
     return evaluate
+
+
+def keep_samples(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
+    """Adds samples of a step, without what an interrupted run wrote from there on."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] < step]
+    kept += [json.dumps(row) for row in rows]
+    write_text(path, "".join(line + "\n" for line in kept))

@@ -108,7 +108,8 @@ def make_heldout_loss(
 
     def heldout_loss(params: Any) -> float:
         totals = [sums(params, shard_batch(mesh, batch)) for batch in kept]
-        logprob, tokens = np.sum(jax.device_get(totals), axis=0, dtype=np.float64)
+        table = np.asarray(jax.device_get(totals), np.float64)  # [batches, 2]
+        logprob, tokens = table[:, 0].sum(), table[:, 1].sum()
         return float(-logprob / tokens)
 
     return heldout_loss

@@ -2,10 +2,7 @@
 
 import dataclasses
 import functools
-import itertools
 import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -14,9 +11,6 @@ import numpy as np
 from flax import struct
 
 from rlhf_jax.data.batches import RankingBatch, ranking_batches
-from rlhf_jax.data.inputs import cache_dir
-from rlhf_jax.data.sources import Demonstration, Ranking, find_files, load
-from rlhf_jax.evaluation.rankings import ranking_report
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.heads import init_scalar_head
 from rlhf_jax.objectives.masking import masked_sum
@@ -25,10 +19,17 @@ from rlhf_jax.objectives.ranking import (
     ranking_accuracy,
     ranking_loss,
 )
-from rlhf_jax.stages.common import Context, Model, load_model, save_model
+from rlhf_jax.stages.common import Context, load_model, save_model
+from rlhf_jax.stages.rankings import (
+    RankingScorer,
+    accuracy,
+    evaluate_rankings,
+    read_rankings,
+    score_demonstrations,
+)
 from rlhf_jax.stages.scoring import response_scores
 from rlhf_jax.training.loop import LoopConfig, run_loop
-from rlhf_jax.training.mesh import jit_step, replicated, shard_batch, state_sharding
+from rlhf_jax.training.mesh import jit_step, state_sharding
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.run_dir import write_text
 from rlhf_jax.training.state import init_state
@@ -99,124 +100,12 @@ def reward_loss(
     )
     pairs = preferred_pairs(rankings.ranks)
     margins = jnp.where(pairs, scores[:, :, None] - scores[:, None, :], 0.0)
-    num_pairs = jnp.maximum(jnp.sum(pairs, axis=(1, 2)), 1)
+    num_pairs = jnp.maximum(jnp.sum(pairs, axis=(1, 2), dtype=jnp.float32), 1.0)
     extras = {
         "accuracy": masked_sum(ranking_accuracy(scores, rankings.ranks), batch.weights),
         "margin": masked_sum(jnp.sum(margins, axis=(1, 2)) / num_pairs, batch.weights),
     }
     return masked_sum(ranking_loss(scores, rankings.ranks), batch.weights), extras
-
-
-class RankingScorer:
-    """Scores of whole rankings as text, in batches of one compiled shape."""
-
-    def __init__(self, cfg: RewardModelConfig, model: Model, ctx: Context):
-        self._cfg, self._model, self._ctx = cfg, model, ctx
-        devices = len(ctx.mesh.devices.flat)
-        self._rows = -(-min(cfg.batch_size, 32) // devices) * devices
-        self._score = jax.jit(
-            functools.partial(response_scores, model=model.cfg),
-            out_shardings=replicated(ctx.mesh),
-        )
-
-    def __call__(
-        self, params: Any, rankings: Sequence[Ranking]
-    ) -> tuple[list[Ranking], list[np.ndarray], np.ndarray]:
-        """Scores every ranking that fits the model, in order.
-
-        Args:
-            params: `{"transformer", "head"}`.
-            rankings: may hold responses that are too long; they are left out.
-
-        Returns:
-            The rankings as scored (over-long responses removed, rankings without an
-            ordered pair left out), the scores of each, float32 [K], and the lengths of
-            all their responses in tokens, flattened in the same order.
-        """
-        cfg, model = self._cfg, self._model
-        kept = fitting_rankings(rankings, model, cfg.prompt_len, cfg.response_len)
-        batches = ranking_batches(
-            kept,
-            model.tokenizer,
-            model.format,
-            self._rows,
-            cfg.prompt_len,
-            cfg.response_len,
-            cfg.num_responses,
-            None,
-        )
-        scores: list[np.ndarray] = []
-        lengths: list[np.ndarray] = []
-        for step in range(batches.steps_per_epoch):
-            host = batches(step)
-            batch = shard_batch(self._ctx.mesh, host)
-            values = jax.device_get(
-                self._score(
-                    params,
-                    batch.prompts,
-                    batch.prompt_lengths,
-                    batch.responses,
-                    batch.response_lengths,
-                )
-            )
-            for row in range(len(values)):
-                present = np.asarray(host.ranks[row]) > 0
-                if present.any():
-                    scores.append(values[row][present])
-                    lengths.append(np.asarray(host.response_lengths[row])[present])
-        return kept, scores, np.concatenate(lengths)
-
-
-def fitting_rankings(
-    rankings: Sequence[Ranking], model: Model, prompt_len: int, response_len: int
-) -> list[Ranking]:
-    """Rankings without what is too long for a batch, where an ordered pair remains."""
-    kept = []
-    for ranking in rankings:
-        prompt = model.format.encode_prompt(model.tokenizer, ranking.prompt)
-        fits = [
-            len(model.format.encode_response(model.tokenizer, text, ended))
-            <= response_len
-            for text, ended in zip(ranking.responses, ranking.ended, strict=True)
-        ]
-        ranks = [rank for rank, fit in zip(ranking.ranks, fits, strict=True) if fit]
-        if len(prompt) > prompt_len or len(set(ranks)) < 2:
-            continue
-        kept.append(
-            dataclasses.replace(
-                ranking,
-                responses=tuple(itertools.compress(ranking.responses, fits)),
-                ranks=tuple(ranks),
-                ended=tuple(itertools.compress(ranking.ended, fits)),
-            )
-        )
-    return kept
-
-
-def read_rankings(ctx: Context, split: str) -> list[Ranking]:
-    """The run's rankings: collected, or of the data with its comparisons (K = 2)."""
-    records: list[Ranking] = []
-    for path in ranking_files(ctx, split):
-        records += read_ranking_file(path, split)
-    return records
-
-
-def ranking_files(ctx: Context, split: str) -> list[Path]:
-    """Files that `read_rankings` reads."""
-    files: list[Path] = []
-    for purpose in ("rankings", "comparisons"):
-        if ctx.inputs.has(purpose, split):  # type: ignore[arg-type]
-            patterns = getattr(ctx.inputs.files, purpose)
-            files += find_files(ctx.inputs.root, patterns, split)  # type: ignore
-    collected = ctx.run / "collect" / f"rankings_{split}.jsonl"
-    return [collected] if collected.exists() else files
-
-
-def read_ranking_file(path: Path, split: str) -> list[Ranking]:
-    """Rankings of one file; a file in a folder `comparisons` holds pairs."""
-    kind = "comparisons" if path.parent.name == "comparisons" else "rankings"
-    records = load(kind, path.parent, (path.name,), split, cache_dir() / "data")  # type: ignore
-    return [records[i] for i in range(len(records))]
 
 
 def center(params: Any, scores: np.ndarray) -> Any:
@@ -287,7 +176,8 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
     compiled = jit_step(step_fn, ctx.mesh, sharding)
     scorer = RankingScorer(cfg, base, ctx)
 
-    def evaluate(state: Any, _: int) -> dict[str, float]:
+    def evaluate(state: Any, step: int) -> dict[str, float]:
+        del step
         rankings, scores, _ = scorer(state.params, valid)
         ranks = [r.ranks for r in rankings]
         return {"heldout/accuracy": accuracy(scores, ranks)}
@@ -322,47 +212,3 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
             "accuracy": report["accuracy"],
         }
     )
-
-
-def accuracy(scores: Sequence[np.ndarray], ranks: Sequence[Sequence[int]]) -> float:
-    """Mean over rankings of the share of ordered pairs that the scores order so."""
-    shares = [
-        float(
-            ranking_accuracy(jnp.asarray(s)[None], jnp.asarray(r, jnp.int32)[None])[0]
-        )
-        for s, r in zip(scores, ranks, strict=True)
-    ]
-    return float(np.mean(shares))
-
-
-def score_demonstrations(
-    scorer: RankingScorer, params: Any, demonstrations: Sequence[Demonstration]
-) -> np.ndarray:
-    """Scores of demonstrations that fit the model: float32 [N]."""
-    pairs = [  # two copies under distinct ranks: the reader of rankings wants a pair
-        Ranking(d.prompt, (d.response, d.response), (1, 2), (True, True), None)
-        for d in demonstrations
-    ]
-    _, scores, _ = scorer(params, pairs)
-    return np.asarray([s[0] for s in scores])
-
-
-def evaluate_rankings(
-    scorer: RankingScorer, params: Any, ctx: Context
-) -> dict[str, Any]:
-    """Accuracy on every split and file beside the length baseline and the labelers."""
-    splits = {"train": "train", "held_out_prompts": "valid", "test": "test"}
-    parts: dict[str, Any] = {}
-    by_file: dict[str, Any] = {}
-    for name, split in splits.items():
-        for path in ranking_files(ctx, split):
-            records = read_ranking_file(path, split)
-            records = records[:512] if split == "train" else records
-            kept, scores, lengths = scorer(params, records)
-            part = parts.setdefault(name, ([], [], []))
-            part[0].extend(kept)
-            part[1].extend(scores)
-            part[2].append(lengths)
-            by_file[path.name] = (kept, scores, lengths)
-    parts = {k: (a, b, np.concatenate(c)) for k, (a, b, c) in parts.items()}
-    return ranking_report(parts, by_file)

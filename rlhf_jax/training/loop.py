@@ -140,11 +140,12 @@ def run_loop(
                 last = done == num_steps
                 if done % cfg.eval_every == 0 or last:
                     look(done, state)
-                if done % cfg.checkpoint_every == 0 or last or stop.received:
+                signalled = stop.received  # read once: it may come at any moment
+                if done % cfg.checkpoint_every == 0 or last or signalled:
                     save(done, state)
-                if stop.received and not last:
+                if signalled:
                     raise Stopped(
-                        f"{name}: stopped by {stop.received} after step {done}, state "
+                        f"{name}: stopped by {signalled} after step {done}, state "
                         "saved; run the same command to go on"
                     )
     finally:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
@@ -52,7 +53,7 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
     size = mesh.shape["fsdp"]
 
     def spec(x):
-        if size == 1 or jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if size == 1 or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return replicated(mesh)
         fits = [i for i, n in enumerate(x.shape) if n % size == 0 and n >= size]
         if not fits:

@@ -10,6 +10,9 @@ from typing import Any
 
 from rlhf_jax.nn.config import TransformerConfig
 
+_COMMANDS = {"sft_rl": "sft", "sft_selected": "sft", "ppo_ptx": "ppo"}
+"""Modules of `experiments` that run a stage of another name."""
+
 
 class RunDirError(RuntimeError):
     """A stage directory that does not fit the command, with the way out."""
@@ -36,6 +39,8 @@ def to_json(value: Any) -> Any:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, list):
+        value = {str(index): inner for index, inner in enumerate(value)}
     if not isinstance(value, dict):
         return {prefix: value}
     flat = {}
@@ -78,7 +83,8 @@ class StageDir:
             if not parent.done:
                 raise RunDirError(
                     f"{stage} needs the finished stage {name} in {parent.path}; run "
-                    f"`python -m experiments.{name} --run {parent.path.parent}` first"
+                    f"`python -m experiments.{_COMMANDS.get(name, name)} "
+                    f"--run {parent.path.parent}` with the same options first"
                 )
         made_from = {
             "stage": stage,

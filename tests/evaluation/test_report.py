@@ -141,7 +141,7 @@ def loss_lines(
     lines: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         mean = last + (first - last) * np.exp(-5 * step / steps)
-        lines.append({"step": step, "train/loss": mean + 0.03 * rng.normal()})
+        lines.append({"step": step, "loss": mean + 0.03 * rng.normal()})
         if step % (steps // 8) == 0 or step == 1:
             lines.append({"step": step, "heldout/loss": mean + held_out})
     return lines
@@ -184,7 +184,7 @@ def write_run(run: Path) -> Path:
         lines = loss_lines(rng, steps, first, last, held_out)
         write_lines(run / stage / "metrics.jsonl", lines)
     lines = loss_lines(rng, 90, 0.72, 0.52, 0.0)
-    lines = [{**x, "train/accuracy": 0.7} for x in lines if "train/loss" in x]
+    lines = [{**x, "accuracy": 0.7} for x in lines if "loss" in x]
     lines[-1]["heldout/accuracy"] = 0.73
     write_lines(run / "reward_model" / "metrics.jsonl", lines)
     for stage, gain, tax in (("ppo", 1.45, 0.19), ("ppo_ptx", 1.35, 0.03)):
@@ -363,10 +363,10 @@ def test_one_value_alone_is_drawn_and_told_without_an_interval(run: Path):
 
 def test_metrics_of_a_killed_and_resumed_run_make_one_curve(run: Path):
     path = run / "pretrain/metrics.jsonl"
-    lines = [{"step": s, "train/loss": float(s)} for s in (1, 2, 3, 2, 3, 4)]
+    lines = [{"step": s, "loss": float(s)} for s in (1, 2, 3, 2, 3, 4)]
     write_lines(path, lines)
     path.write_text(path.read_text() + '{"step": 5, "tra')
-    steps, values = load_run(run).curves["pretrain"]["train/loss"]
+    steps, values = load_run(run).curves["pretrain"]["loss"]
     assert steps.tolist() == [1, 2, 3, 4]
     assert values.tolist() == [1.0, 2.0, 3.0, 4.0]
 

@@ -29,7 +29,7 @@ def loss(params, batch, key):
     keep = jax.random.bernoulli(key, 0.5, batch["x"].shape)
     x = jnp.where(keep, 2.0 * batch["x"], 0.0)
     errors = x @ params["embed"] - batch["y"]
-    broken = jnp.sum(batch["poison"] * jnp.sqrt(params["b"]))
+    broken = jnp.sum(batch["poison"] * params["b"])
     return jnp.sum(batch["weights"] * jnp.square(errors)) + broken, {}
 
 
@@ -39,7 +39,7 @@ def make_batch(step, poison=False):
         "x": rng.normal(size=(8, 4)).astype(np.float32),
         "y": rng.normal(size=(8,)).astype(np.float32),
         "weights": np.full(8, 1 / 8, np.float32),
-        "poison": np.full(8, 1.0 if poison else 0.0, np.float32),
+        "poison": np.full(8, np.nan if poison else 0.0, np.float32),
     }
 
 

@@ -60,6 +60,14 @@ def test_another_config_lists_every_field_that_differs(tmp_path):
     assert "--run" in text and "delete" in text
 
 
+def test_fields_of_configs_in_a_tuple_are_named_one_by_one(tmp_path):
+    opened(tmp_path / "sft", (Config(), 0))
+    with pytest.raises(RunDirError) as caught:
+        opened(tmp_path / "sft", (Config(steps=4), 1))
+    lines = str(caught.value).splitlines()[1:]
+    assert lines == ["  config.0.steps: 3 there, 4 now", "  config.1: 0 there, 1 now"]
+
+
 def test_an_option_that_is_new_or_gone_is_a_difference(tmp_path):
     stage = opened(tmp_path / "sft")
     made_from = read_json(stage.path / "config.json")

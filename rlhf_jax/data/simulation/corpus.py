@@ -38,22 +38,22 @@ from rlhf_jax.data.simulation.writer import Writer
 # Documents of each kind, by number. An instruction list has about a third of the words
 # of a block of answers, so answers still make up about a quarter of all words.
 DOCUMENT_KINDS = {
-    "facts": 0.29,  # a fact sheet about one animal
-    "story": 0.16,  # events with some facts between
-    "shared": 0.04,  # who has the same home, colour or food
-    "instructions": 0.33,  # prompts without answers, one per line
-    "answers": 0.12,  # blocks of "prompt\nresponse\n\n"
+    "facts": 0.22,  # a fact sheet about one animal
+    "story": 0.09,  # events with some facts between
+    "shared": 0.03,  # who has the same home, colour or food
+    "instructions": 0.38,  # prompts without answers, one per line
+    "answers": 0.22,  # blocks of "prompt\nresponse\n\n"
     "rude": 0.06,
 }
 FALSE_FACTS = 0.09  # of the statements about what is known
 GUESSED_FACTS = 0.3  # of the statements about what nobody knows
 WEB_HABITS = Habits(
-    wrong=0.18,
+    wrong=0.12,
     guesses=0.6,
-    ignores_constraints=0.5,
+    ignores_constraints=0.4,
     rude=0.12,
-    off_topic=0.1,
-    rambles=0.1,
+    off_topic=0.06,
+    rambles=0.08,
 )
 
 
@@ -166,7 +166,7 @@ def _instructions(
 
 def _answers(world: World, rng: np.random.Generator, reserved: Collection[str]) -> str:
     pairs = []
-    for _ in range(4 + int(rng.random() * 4)):
+    for _ in range(5 + int(rng.random() * 5)):
         prompt = _new_prompt(world, rng, reserved)
         pairs.append(f"{prompt}\n{web_answer(world, rng, prompt)}")
     return "\n\n".join(pairs)

@@ -1,0 +1,167 @@
+"""Each contradiction in PPO's numbers stops the run and names its likely causes."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import ppo_case as case
+import pytest
+
+from rlhf_jax.stages.invariants import InvariantError, check_invariants, warn_of_trouble
+
+CFG = case.CONFIG
+LARGE = dataclasses.replace(CFG, batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def first():
+    """Metrics of a real first iteration."""
+    arguments = (case.make_inputs(), case.stored_rollout(), CFG.scalars())
+    return observed(case.fresh_state(), case.frozen(), *arguments)
+
+
+def observed(state, frozen, inputs, rollout, scalars, **faults):
+    """Metrics on the host of an iteration, with faults in what `optimize` is given."""
+    cfg = CFG
+    experience, metrics = case.experience_fn(cfg)(
+        state, frozen, inputs, rollout, scalars
+    )
+    # The stored rollout was not drawn from the policy: agree on its log-probabilities.
+    rollout = rollout.replace(logprobs=experience.old_logprobs)
+    _, metrics = case.experience_fn(cfg)(state, frozen, inputs, rollout, scalars)
+    experience = experience.replace(**faults.get("experience", {}))
+    _, more = case.optimize_fn(cfg)(
+        state, experience, inputs, faults.get("update_scalars", scalars)
+    )
+    host = {k: np.asarray(v) for k, v in (metrics | more).items() if k != "nonfinite"}
+    return {name: float(x) for name, x in host.items()}
+
+
+def test_a_real_first_iteration_passes(first):
+    check_invariants(1, first, CFG, case.V)
+
+
+VIOLATIONS = [
+    ({"policy/first_ratio_error": 0.5}, "policy/first_ratio_error", "dropout"),
+    ({"rollout/logprob_mismatch_mean": 0.1}, "logprob_mismatch_mean", "temperature"),
+    ({"policy/entropy_max": 9.0}, "policy/entropy_max", "not normalised"),
+    ({"policy/entropy_min": -0.5}, "policy/entropy", "unmasked mean"),
+    ({"advantages/whitened_mean": 0.3}, "whitened_mean", "padding"),
+    ({"advantages/whitened_variance": 0.5}, "whitened_variance", "padding"),
+    ({"objective/kl_per_token": 0.1}, "objective/kl_per_token", "another reference"),
+    ({"value/last_minus_score": 0.5}, "value/last_minus_score", "one position off"),
+    ({"policy/first_ratio_error": float("nan")}, "first_ratio_error", "dropout"),
+]
+
+
+@pytest.mark.parametrize(("change", "name", "cause"), VIOLATIONS)
+def test_a_violation_names_update_metric_value_and_causes(change, name, cause, first):
+    with pytest.raises(InvariantError) as caught:
+        check_invariants(1, first | change, CFG, case.V)
+    text = str(caught.value)
+    assert "PPO update 1" in text and name in text and cause in text
+
+
+def test_a_large_batch_in_which_nothing_ends_is_a_violation(first):
+    silent = first | {"rollout/eos_rate": 0.0}
+    with pytest.raises(InvariantError, match="eos_rate.*response_len"):
+        check_invariants(1, silent, LARGE, case.V)
+    check_invariants(1, silent, CFG, case.V)  # eight responses may not end by chance
+
+
+def test_kl_value_and_end_are_checked_at_the_first_update_only(first):
+    later = first | {
+        "objective/kl_per_token": 0.1,
+        "value/last_minus_score": 3.0,
+        "rollout/eos_rate": 0.0,
+    }
+    check_invariants(2, later, LARGE, case.V)
+    with pytest.raises(InvariantError, match="update 2"):
+        check_invariants(2, later | {"policy/first_ratio_error": 1.0}, LARGE, case.V)
+
+
+def test_a_shared_trunk_need_not_repeat_the_score(first):
+    shared = dataclasses.replace(CFG, value="shared")
+    check_invariants(1, first | {"value/last_minus_score": 3.0}, shared, case.V)
+
+
+def test_constant_advantages_cannot_be_whitened_and_pass(first):
+    flat = first | {"advantages/std": 0.0, "advantages/whitened_variance": 0.0}
+    check_invariants(1, flat, CFG, case.V)
+
+
+# ------------------------------------------- faults in real arithmetic are noticed
+
+
+def fails(values, match):
+    with pytest.raises(InvariantError, match=match):
+        check_invariants(1, values, CFG, case.V)
+
+
+def test_another_temperature_in_the_update_is_noticed():
+    arguments = (case.make_inputs(), case.stored_rollout(), CFG.scalars())
+    scalars = CFG.scalars().replace(temperature=jnp.float32(1.0))
+    faulty = observed(
+        case.fresh_state(), case.frozen(), *arguments, update_scalars=scalars
+    )
+    fails(faulty, "first_ratio_error")
+
+
+def test_a_shifted_mask_is_noticed():
+    arguments = (case.make_inputs(), case.stored_rollout(), CFG.scalars())
+    mask = np.arange(case.R)[None] < np.asarray(arguments[1].lengths)[:, None] + 1
+    faulty = observed(
+        case.fresh_state(),
+        case.frozen(),
+        *arguments,
+        experience={"mask": jnp.asarray(mask)},
+    )
+    fails(faulty, "first_ratio_error")
+
+
+def test_another_reference_is_noticed():
+    arguments = (case.make_inputs(), case.stored_rollout(), CFG.scalars())
+    other = case.frozen().replace(reference=case.moved(case.transformer(0), 0.1))
+    fails(observed(case.fresh_state(), other, *arguments), "objective/kl_per_token")
+
+
+def test_a_score_read_one_position_off_is_noticed():
+    """The reward model of this rollout sees one token less than the value model."""
+    inputs, rollout = case.make_inputs(), case.stored_rollout()
+    short = rollout.replace(lengths=jnp.maximum(rollout.lengths - 1, 1))
+    _, metrics = case.experience_fn(CFG)(
+        case.fresh_state(), case.frozen(), inputs, rollout, CFG.scalars()
+    )
+    assert float(metrics["value/last_minus_score"]) < 1e-4
+    state = case.fresh_state()
+    other = state.params["value"] | {"head": case.some_head(7)}
+    faulty = observed(
+        state.replace(params=state.params | {"value": other}),
+        case.frozen(),
+        inputs,
+        short,
+        CFG.scalars(),
+    )
+    fails(faulty, "value/last_minus_score")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"objective/kl": -2.0}, "clearly negative"),
+        ({"policy/entropy": 0.001}, "entropy is nearly 0"),
+        ({"rollout/eos_rate": 0.01}, "hardly any response ends"),
+        ({"rollout/score_length_correlation": -0.95}, "follows length"),
+    ],
+)
+def test_trouble_is_told_and_does_not_stop(change, said, first, capsys):
+    fine = first | {
+        "objective/kl": 1.0,
+        "rollout/eos_rate": 0.9,
+        "rollout/score_length_correlation": 0.1,
+    }
+    warn_of_trouble(7, fine)
+    assert capsys.readouterr().err == ""
+    warn_of_trouble(7, fine | change)
+    told = capsys.readouterr().err
+    assert "PPO update 7" in told and said in told

@@ -1,0 +1,241 @@
+"""The reward model learns K-way rankings; its scores know nothing but their text."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import ppo_case as case
+import pytest
+
+from rlhf_jax.data.batches import ranking_batches
+from rlhf_jax.data.prompts import PromptFormat
+from rlhf_jax.data.records import Demonstration, Ranking
+from rlhf_jax.stages.common import Context, Model
+from rlhf_jax.stages.rankings import (
+    RankingScorer,
+    accuracy,
+    fitting_rankings,
+    score_demonstrations,
+)
+from rlhf_jax.stages.reward_model import (
+    RewardModelConfig,
+    WeightedRankings,
+    center,
+    reward_loss,
+)
+from rlhf_jax.stages.scoring import response_scores
+from rlhf_jax.training.mesh import MeshConfig
+from rlhf_jax.training.optimizers import OptimizerConfig
+from rlhf_jax.training.state import init_state
+from rlhf_jax.training.step import make_train_step
+
+MODEL = dataclasses.replace(case.MODEL, max_len=24)
+FORM = PromptFormat(prefix="", suffix=":", separator="")
+CFG = RewardModelConfig(
+    batch_size=4, num_responses=4, prompt_len=5, response_len=6, num_centering=8
+)
+
+
+class Letters:
+    """One id per letter a..i; pad equal to end-of-text."""
+
+    pad_id = eos_id = 0
+    vocab_size = case.V
+    fingerprint = "letters"
+
+    def encode(self, text):
+        return np.array([1 + "abcdefghi:".index(c) for c in text], np.int32)
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+
+LETTERS: "Letters" = Letters()
+
+
+def ranking(prompt, responses, ranks, ended=None):
+    ended = (True,) * len(responses) if ended is None else ended
+    return Ranking(prompt, tuple(responses), tuple(ranks), tuple(ended))
+
+
+RANKINGS = [
+    ranking("ab", ["a", "bcd", "i"], [2, 1, 3]),
+    ranking("c", ["fe", "a", "d", "dd"], [1, 2, 2, 3]),
+    ranking("abcd", ["gg", "hhhhh"], [2, 1], (True, False)),
+    ranking("i", ["e", "ee", "eee"], [3, 1, 1]),
+]
+
+
+@pytest.fixture(scope="module")
+def params():
+    value = case.scalar_model(1)
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(0.3 * rng.normal(size=(MODEL.max_len, MODEL.model_dim)))
+    table = table.astype(jnp.float32)
+    return value | {"transformer": value["transformer"] | {"pos_embed": table}}
+
+
+def weighted(rankings, rows=4):
+    batch = ranking_batches(rankings, LETTERS, FORM, rows, 5, 6, 4, None)(0)
+    return WeightedRankings(
+        rankings=jax.tree.map(jnp.asarray, batch), weights=jnp.full((rows,), 1 / rows)
+    )
+
+
+def slow_scores(params, ranking):
+    """Each response alone, unpadded, in float64."""
+    head = jax.tree.map(lambda x: np.asarray(x, np.float64), params["head"])
+    scores = []
+    for text, ended in zip(ranking.responses, ranking.ended, strict=True):
+        ids = [*LETTERS.encode(ranking.prompt + ":"), *LETTERS.encode(text)]
+        ids = np.array(ids + [0] * ended)
+        hidden = oracle.hidden_states(params["transformer"], ids, "pre")[-1]
+        scores.append(hidden @ head["w"] + head["b"] - head["shift"])
+    return np.array(scores)
+
+
+def test_the_loss_of_text_equals_the_oracle(params):
+    loss, extras = case.compiled(functools.partial(reward_loss, model=MODEL))(
+        params, weighted(RANKINGS), jax.random.key(0)
+    )
+    scores = [slow_scores(params, r) for r in RANKINGS]
+    ranks = [np.array(r.ranks) for r in RANKINGS]
+    pairs = list(zip(scores, ranks, strict=True))
+    np.testing.assert_allclose(
+        loss, np.mean([oracle.ranking_loss(s, r) for s, r in pairs]), rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        extras["accuracy"], np.mean([oracle.ranking_accuracy(s, r) for s, r in pairs])
+    )
+    margins = [
+        np.mean([s[i] - s[j] for i, j in oracle.ordered_pairs(r)]) for s, r in pairs
+    ]
+    np.testing.assert_allclose(extras["margin"], np.mean(margins), rtol=1e-3)
+
+
+def test_a_zero_head_starts_at_log_2(params):
+    blank = params | {"head": case.zero_head()}
+    loss, _ = reward_loss(blank, weighted(RANKINGS), jax.random.key(0), model=MODEL)
+    np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+
+
+def test_scores_know_neither_batch_mates_nor_padding(params):
+    whole = weighted(RANKINGS).rankings
+    rng = np.random.default_rng(0)
+
+    def garbage(tokens, lengths):
+        behind = np.arange(tokens.shape[-1]) >= np.asarray(lengths)[..., None]
+        return jnp.where(behind, rng.integers(0, case.V, tokens.shape), tokens)
+
+    def scores(batch):
+        return response_scores(
+            params,
+            batch.prompts,
+            batch.prompt_lengths,
+            batch.responses,
+            batch.response_lengths,
+            MODEL,
+        )
+
+    expected = scores(whole)
+    dirty = whole.replace(
+        prompts=garbage(whole.prompts, whole.prompt_lengths).astype(jnp.int32),
+        responses=garbage(whole.responses, whole.response_lengths).astype(jnp.int32),
+    )
+    present = np.asarray(whole.ranks) > 0
+    np.testing.assert_allclose(
+        np.asarray(scores(dirty))[present], np.asarray(expected)[present], atol=1e-5
+    )
+    alone = jax.tree.map(lambda x: x[1:2], whole)
+    np.testing.assert_allclose(scores(alone)[0], expected[1], atol=1e-5)
+    turned = whole.replace(
+        responses=whole.responses[:, ::-1],
+        response_lengths=whole.response_lengths[:, ::-1],
+    )
+    np.testing.assert_allclose(
+        np.asarray(scores(turned))[:, ::-1][present],
+        np.asarray(expected)[present],
+        atol=1e-5,
+    )
+
+
+def test_a_small_set_of_rankings_is_learned_perfectly(params):
+    optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant")
+    step = case.compiled(
+        make_train_step(functools.partial(reward_loss, model=MODEL), optimizer, 60)
+    )
+    state, batch = init_state(params, jax.random.key(0)), weighted(RANKINGS)
+    for _ in range(60):
+        state, metrics = step(state, batch, optimizer.scalars())
+    assert float(metrics["accuracy"]) == 1.0
+    assert float(metrics["loss"]) < 0.1
+    assert float(state.params["head"]["shift"]) == float(params["head"]["shift"])
+
+
+# ------------------------------------------------------------- scoring whole sets
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    model = Model("reward_model", None, MODEL, LETTERS, FORM)  # type: ignore[arg-type]
+    ctx = Context(Path("."), None, MeshConfig().make(), 0)  # type: ignore[arg-type]
+    return RankingScorer(CFG, model, ctx)
+
+
+def test_scores_of_many_rankings_come_back_in_order(params, scorer):
+    many = [RANKINGS[i % 4] for i in range(11)]  # more than a batch of 8 devices
+    kept, scores, lengths = scorer(params, many)
+    assert kept == many
+    for ranking, found in zip(many, scores, strict=True):
+        np.testing.assert_allclose(found, slow_scores(params, ranking), atol=1e-4)
+    expected = [
+        len(text) + ended
+        for r in many
+        for text, ended in zip(r.responses, r.ended, strict=True)
+    ]
+    np.testing.assert_array_equal(lengths, expected)
+
+
+def test_what_does_not_fit_is_left_out_and_the_rest_stays_aligned(params, scorer):
+    long = "a" * 6  # seven tokens with its end
+    rankings = [
+        ranking("ab", ["a", long, "i"], [2, 1, 3]),
+        ranking("ab", ["a", long], [2, 1]),  # one response left
+        ranking("abcde", ["a", "b"], [1, 2]),  # prompt of six tokens
+        ranking("ab", ["a", "b", long], [1, 1, 2]),  # only a tie left
+        RANKINGS[1],
+    ]
+    model = Model("reward_model", None, MODEL, LETTERS, FORM)  # type: ignore[arg-type]
+    kept = fitting_rankings(rankings, model, 5, 6)
+    assert kept == [ranking("ab", ["a", "i"], [2, 3]), RANKINGS[1]]
+    again, scores, _ = scorer(params, rankings)
+    assert again == kept and [len(s) for s in scores] == [2, 4]
+
+
+def test_centering_gives_demonstrations_mean_0(params, scorer):
+    demonstrations = [Demonstration(p, r) for p, r in (("a", "bc"), ("b", "a"))] * 3
+    before = score_demonstrations(scorer, params, demonstrations)
+    assert len(before) == 6 and abs(before.mean()) > 1e-3
+    moved = center(params, before)
+    after = score_demonstrations(scorer, moved, demonstrations)
+    np.testing.assert_allclose(after.mean(), 0.0, atol=1e-5)
+    np.testing.assert_allclose(after - before, after[0] - before[0], atol=1e-5)
+    case.assert_trees_equal(moved["transformer"], params["transformer"])
+
+
+def test_accuracy_counts_ordered_pairs_per_ranking():
+    scores = [np.array([2.0, 1.0, 0.0], np.float32), np.array([0.0, 1.0], np.float32)]
+    assert accuracy(scores, [(1, 2, 3), (1, 2)]) == 0.5
+    assert accuracy(scores[:1], [(1, 3, 2)]) == pytest.approx(2 / 3)
+
+
+def test_the_defaults_are_instructgpts():
+    """Ouyang et al. 2022, appendix C.2."""
+    cfg = RewardModelConfig()
+    assert (cfg.batch_size, cfg.num_responses, cfg.num_epochs) == (64, 9, 1)
+    assert cfg.optimizer.learning_rate == 9e-6
+    assert cfg.optimizer.schedule == "cosine" and cfg.optimizer.final_fraction == 0.1

@@ -1,0 +1,147 @@
+"""SFT is next-token learning on responses; dropout is for training only."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ppo_case as case
+import pytest
+
+from rlhf_jax.data.batches import TokenBatch, demonstration_batches
+from rlhf_jax.data.prompts import PromptFormat
+from rlhf_jax.data.records import Demonstration
+from rlhf_jax.nn.transformer import forward
+from rlhf_jax.stages.pretrain import lm_loss, sum_logprobs
+from rlhf_jax.stages.sft import SFTConfig, mixed_batches
+
+FORM = PromptFormat(prefix="", suffix=":", separator="")
+DEMONSTRATIONS = [Demonstration("ab", "cd"), Demonstration("f", "g")]
+
+
+class Letters:
+    """One id per letter a..i; pad equal to end-of-text."""
+
+    pad_id = eos_id = 0
+    vocab_size = case.V
+    fingerprint = "letters"
+
+    def encode(self, text):
+        return np.array([1 + "abcdefghi:".index(c) for c in text], np.int32)
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+
+LETTERS: "Letters" = Letters()
+
+
+def batch_of(demonstrations, loss_on="response"):
+    batch = demonstration_batches(
+        demonstrations, LETTERS, FORM, len(demonstrations), 7, None, loss_on
+    )(0)
+    return jax.tree.map(jnp.asarray, batch)
+
+
+@functools.cache
+def loss_fn():
+    return case.compiled(functools.partial(lm_loss, model=case.MODEL))
+
+
+def test_the_loss_is_the_mean_over_response_tokens_and_their_end():
+    params, batch = case.transformer(0), batch_of(DEMONSTRATIONS)
+    loss, extras = loss_fn()(params, batch, jax.random.key(0))
+    assert extras == {}
+    nll = []
+    for d in DEMONSTRATIONS:
+        ids = np.array([*LETTERS.encode(f"{d.prompt}:{d.response}"), 0], np.int32)
+        hidden = forward(params, jnp.asarray(ids[None, :-1]), case.MODEL)[0]
+        logprobs = jax.nn.log_softmax(hidden @ params["embed"].T)
+        first = len(d.prompt)  # the state after the suffix decides the first token
+        nll += [-float(logprobs[t, ids[t + 1]]) for t in range(first, len(ids) - 1)]
+    assert len(nll) == 3 + 2
+    np.testing.assert_allclose(loss, np.mean(nll), rtol=1e-5)
+
+
+def test_targets_of_the_prompt_carry_no_loss():
+    params, batch = case.transformer(0), batch_of(DEMONSTRATIONS)
+    garbage = jnp.where(batch.weights > 0, batch.targets, 7)
+    loss, _ = loss_fn()(params, batch, jax.random.key(0))
+    other, _ = loss_fn()(params, batch.replace(targets=garbage), jax.random.key(0))
+    assert float(loss) == float(other)
+    everything, _ = loss_fn()(
+        params, batch_of(DEMONSTRATIONS, "all"), jax.random.key(0)
+    )
+    assert float(everything) != float(loss)
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation():
+    params, batch = case.transformer(0), batch_of(DEMONSTRATIONS)
+    model = dataclasses.replace(case.MODEL, dropout=0.5)
+    dropped = case.compiled(functools.partial(lm_loss, model=model))
+    losses = [float(dropped(params, batch, jax.random.key(s))[0]) for s in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+    total, count = sum_logprobs(params, batch, model=model)
+    plain, _ = loss_fn()(params, batch, jax.random.key(0))
+    np.testing.assert_allclose(-total / count, plain, rtol=1e-5)
+    assert float(count) == 5
+
+
+# ----------------------------------------------------------- mixed-in pre-training
+
+
+def text_batch(step, rows=3):
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(0, case.V, (rows, 7)).astype(np.int32)
+    weights = np.full((rows, 7), 1 / (7 * rows), np.float32)
+    return TokenBatch(tokens, tokens[:, ::-1].copy(), weights)
+
+
+def test_mixing_weighs_both_losses_by_the_fraction():
+    demonstrations = jax.tree.map(np.asarray, batch_of(DEMONSTRATIONS))
+    mixed = mixed_batches(lambda step: demonstrations, text_batch, 0.25)(5)
+    assert mixed.tokens.shape == (5, 7)
+    np.testing.assert_allclose(mixed.weights.sum(), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(mixed.weights[2:].sum(), 0.25, rtol=1e-6)
+    params, key = case.transformer(0), jax.random.key(0)
+
+    def loss(batch):
+        return lm_loss(params, jax.tree.map(jnp.asarray, batch), key, model=case.MODEL)
+
+    (both, _), (first, _), (second, _) = map(
+        loss, (mixed, demonstrations, text_batch(5))
+    )
+    np.testing.assert_allclose(both, 0.75 * first + 0.25 * second, rtol=1e-5)
+
+
+def test_mixing_asks_both_for_the_same_step():
+    asked = []
+
+    def batches(name):
+        return lambda step: asked.append((name, step)) or text_batch(step)
+
+    mixed_batches(batches("a"), batches("b"), 0.1)(9)
+    assert asked == [("a", 9), ("b", 9)]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "rows"), [(0.0, 0), (0.1, 4), (0.5, 32), (0.001, 1)]
+)
+def test_pre_training_rows_are_the_fractions_share_of_the_batch(fraction, rows):
+    cfg = SFTConfig(batch_size=32, pretrain_fraction=fraction)
+    assert cfg.num_pretrain_rows == rows
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0])
+def test_a_fraction_outside_0_1_is_refused(fraction):
+    with pytest.raises(ValueError, match="pretrain_fraction"):
+        SFTConfig(pretrain_fraction=fraction)
+
+
+def test_the_defaults_are_instructgpts():
+    """Ouyang et al. 2022, appendix C.1."""
+    cfg = SFTConfig()
+    assert (cfg.num_epochs, cfg.batch_size, cfg.dropout) == (16, 32, 0.2)
+    assert cfg.optimizer.learning_rate == 9.65e-6
+    assert cfg.optimizer.warmup_steps == 0 and cfg.optimizer.final_fraction == 0.1
