@@ -11,4 +11,8 @@ from experiments.run import main
 from rlhf_jax.stages import collect
 
 if __name__ == "__main__":
-    main(__doc__ or "", lambda cfg, ctx: collect.run(cfg.collect, ctx), ("collect",))
+    main(
+        "experiments.collect",
+        __doc__ or "",
+        lambda cfg, ctx: collect.run(cfg.collect, ctx),
+    )

@@ -8,7 +8,7 @@ from rlhf_jax.stages import evaluate
 
 if __name__ == "__main__":
     main(
+        "experiments.evaluate",
         __doc__ or "",
         lambda cfg, ctx: evaluate.run(cfg.evaluate, ctx),
-        ("evaluate",),
     )

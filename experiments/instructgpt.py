@@ -37,4 +37,4 @@ def stages(cfg: InstructGPT, ctx: Context) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", stages)
+    main("experiments.instructgpt", __doc__ or "", stages)

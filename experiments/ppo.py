@@ -16,4 +16,4 @@ def stages(cfg: InstructGPT, ctx: Context) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", stages, ("ppo", "ppo_ptx"))
+    main("experiments.ppo", __doc__ or "", stages)

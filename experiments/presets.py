@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rlhf_jax.data.inputs import FilesConfig
 from rlhf_jax.data.simulation import SimulationConfig
+from rlhf_jax.data.sources import DataError
 from rlhf_jax.nn.config import PUBLISHED_SIZES, TransformerConfig
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.collect import CollectConfig
@@ -55,6 +56,30 @@ class InstructGPT:
     evaluate: EvaluateConfig = EvaluateConfig()
     """Held-out evaluation."""
 
+    def check_lengths(self) -> None:
+        """Raises DataError if anything is longer than the model's context."""
+        context = self.pretrain.model.max_len
+        lengths = {
+            "pretrain.seq_len": self.pretrain.seq_len,
+            "sft.seq_len": self.sft.seq_len,
+            "sft_rl.seq_len": self.sft_rl.seq_len,
+            "reward_model.prompt_len + reward_model.response_len": (
+                self.reward_model.prompt_len + self.reward_model.response_len
+            ),
+        }
+        for name in ("collect", "ppo", "ppo_ptx", "evaluate"):
+            stage = getattr(self, name)
+            prompt = "few_shot_len" if hasattr(stage, "few_shot_len") else "prompt_len"
+            lengths[f"{name}.{prompt} + {name}.sampling.response_len"] = (
+                getattr(stage, prompt) + stage.sampling.response_len
+            )
+        for name, length in lengths.items():
+            if length > context:
+                raise DataError(
+                    f"{name} is {length} tokens, more than pretrain.model.max_len "
+                    f"{context}; make it shorter or raise max_len"
+                )
+
 
 def _adamw(learning_rate: float, **kwargs) -> OptimizerConfig:
     return OptimizerConfig(learning_rate=learning_rate, **kwargs)
@@ -66,16 +91,17 @@ def embedded() -> InstructGPT:
     Small models want higher learning rates, and a short run fewer episodes, than
     InstructGPT's; what differs from its published constants is chosen here.
     """
-    sampling = Sampling(response_len=48)
+    sampling = Sampling(response_len=32)
     prompts = {"prompt_len": 48, "sampling": sampling}
     ppo = PPOConfig(
         num_iterations=50,
         batch_size=128,
         num_minibatches=8,
         policy_optimizer=_adamw(
-            2e-4, schedule="constant", warmup_steps=10, warmup_fraction=0.1
+            1e-4, schedule="constant", warmup_steps=10, warmup_fraction=0.1
         ),
         value_optimizer=_adamw(3e-4, schedule="constant"),
+        kl_coef=0.05,
         ema_decay=0.98,
         missing_eos_score=-3.0,
         ptx_len=96,
@@ -85,7 +111,7 @@ def embedded() -> InstructGPT:
     )
     return InstructGPT(
         run=Path("runs/instructgpt"),
-        simulation=SimulationConfig(num_ranking_prompts=1600),
+        simulation=SimulationConfig(num_ranking_prompts=2400),
         tokenizer=TokenizerConfig(vocab_size=768),
         pretrain=PretrainConfig(
             model=TransformerConfig(
@@ -114,11 +140,12 @@ def embedded() -> InstructGPT:
             prompt_len=48, few_shot_len=144, sampling=sampling, batch_size=256
         ),
         reward_model=RewardModelConfig(
+            init_from="sft",
             batch_size=16,
             prompt_len=48,
-            response_len=48,
-            optimizer=_adamw(1e-3, warmup_steps=10),
-            loop=LoopConfig(checkpoint_every=25, eval_every=25),
+            response_len=32,
+            optimizer=_adamw(5e-4, warmup_steps=10, b2=0.98),
+            loop=LoopConfig(checkpoint_every=50, eval_every=50),
         ),
         ppo=ppo,
         ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),
@@ -174,32 +201,52 @@ def smoke() -> InstructGPT:
     )
 
 
-def gpu() -> InstructGPT:
-    """GPT-2 124M on one GPU, with InstructGPT's constants where it published them."""
-    sampling = Sampling(response_len=256)
-    prompts = {"prompt_len": 512, "sampling": sampling}
-    model = dataclasses.replace(PUBLISHED_SIZES["gpt2"], dtype="bfloat16", remat=True)
-    ppo = PPOConfig(num_microbatches=4, **prompts)
+def gpu(name: str = "gpt2") -> InstructGPT:
+    """A published model on a GPU, with InstructGPT's constants where it published them.
+
+    Lengths are shares of the model's context (of 1024 positions of it at most).
+    """
+    model = dataclasses.replace(PUBLISHED_SIZES[name], dtype="bfloat16", remat=True)
+    context = min(model.max_len, 1024)
+    half, quarter = context // 2, context // 4
+    sampling = Sampling(response_len=quarter)
+    ppo = PPOConfig(num_microbatches=4, prompt_len=half, sampling=sampling)
+    collect = CollectConfig(
+        prompt_len=half, few_shot_len=half + quarter, sampling=sampling
+    )
     return InstructGPT(
-        run=Path("runs/gpu"),
+        run=Path("runs") / name,
         files=REAL_FILES,
         tokenizer=TokenizerConfig(vocab_size=32768),
-        pretrain=PretrainConfig(model=model, num_microbatches=16),
-        sft=SFTConfig(seq_len=768),
+        pretrain=PretrainConfig(model=model, seq_len=context, num_microbatches=16),
+        sft=SFTConfig(seq_len=half + quarter),
         sft_rl=SFTConfig(
             num_epochs=2,
-            seq_len=768,
+            seq_len=half + quarter,
             pretrain_fraction=0.1,
             optimizer=_adamw(5e-6),
         ),
-        collect=CollectConfig(prompt_len=512, few_shot_len=768, sampling=sampling),
+        collect=collect,
         reward_model=RewardModelConfig(
-            prompt_len=512, response_len=512, num_microbatches=16
+            prompt_len=half, response_len=half, num_microbatches=16
         ),
         ppo=ppo,
-        ppo_ptx=dataclasses.replace(ppo, ptx_coef=27.8, ptx_len=512),
-        evaluate=EvaluateConfig(prompt_len=512, few_shot_len=768, sampling=sampling),
+        ppo_ptx=dataclasses.replace(ppo, ptx_coef=27.8, ptx_len=half),
+        evaluate=EvaluateConfig(
+            prompt_len=half,
+            few_shot_len=half + quarter,
+            sampling=sampling,
+            text_len=context,
+        ),
     )
+
+
+def published() -> dict[str, tuple[str, InstructGPT]]:
+    """The preset "gpu" with each published shape of the model, by its name."""
+    return {
+        name: (f"gpu with a model of {shape.num_params / 1e6:,.0f}M", gpu(name))
+        for name, shape in PUBLISHED_SIZES.items()
+    }
 
 
 REAL_FILES = FilesConfig(
@@ -294,5 +341,6 @@ PRESETS: dict[str, tuple[str, InstructGPT]] = {
     "smoke": ("every stage in seconds; nothing is learned", smoke()),
     "cpu": ("real text on 2 CPU cores, half an hour; needs --data", cpu()),
     "gpu": ("GPT-2 124M size on one GPU; needs --data", gpu()),
+    **published(),
 }
 """Name -> what it is for, and the configuration."""

@@ -8,7 +8,7 @@ from rlhf_jax.stages import pretrain
 
 if __name__ == "__main__":
     main(
+        "experiments.pretrain",
         __doc__ or "",
         lambda cfg, ctx: pretrain.run(cfg.pretrain, cfg.tokenizer, ctx),
-        ("tokenizer", "pretrain"),
     )

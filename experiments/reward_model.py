@@ -8,7 +8,7 @@ from rlhf_jax.stages import reward_model
 
 if __name__ == "__main__":
     main(
+        "experiments.reward_model",
         __doc__ or "",
         lambda cfg, ctx: reward_model.run(cfg.reward_model, ctx),
-        ("reward_model",),
     )

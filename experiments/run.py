@@ -1,10 +1,8 @@
 """From a command line to stages: presets and options by tyro, devices, the context."""
 
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import tyro
@@ -27,44 +25,55 @@ def make_context(cfg: InstructGPT) -> Context:
     return Context(run=cfg.run, inputs=inputs, mesh=cfg.mesh.make(), seed=cfg.seed)
 
 
-def parse(
-    description: str, presets: dict[str, tuple[str, Any]], argv: Sequence[str]
-) -> Any:
-    """Reads `[preset] [--field value ...]`; without a preset, "default"."""
+def parse(module: str, description: str, argv: Sequence[str]) -> InstructGPT:
+    """Reads `[preset] [--field value ...]`; without a preset, "default".
+
+    Every command takes the options of the whole run, so that one line of options fits
+    all of them.
+
+    Args:
+        module: of the command, for the usage line.
+        description: of the command.
+        argv: arguments after the module.
+    """
     args = list(argv)
-    if not args or args[0].startswith("-"):
-        if args[:1] not in (["-h"], ["--help"]):
-            args = ["default", *args]
-    return tyro.extras.overridable_config_cli(
-        presets,
-        description=description,
+    name = "default"
+    if args and not args[0].startswith("-"):
+        name = args.pop(0)
+    if name not in PRESETS:
+        raise SystemExit(f"error: no preset {name!r}; the presets are:\n{_presets()}")
+    return tyro.cli(
+        InstructGPT,
+        prog=f"python -m {module} [preset]",
+        description=f"{description}\nPresets (shown below: {name}):\n{_presets()}",
         args=args,
-        config=(tyro.conf.CascadeSubcommandArgs,),
+        default=PRESETS[name][1],
     )
 
 
+def _presets() -> str:
+    width = max(map(len, PRESETS))
+    return "\n".join(f"  {name:{width}}  {text}" for name, (text, _) in PRESETS.items())
+
+
 def main(
-    description: str,
-    stages: Callable[[InstructGPT, Context], None],
-    fields: Sequence[str] | None = None,
+    module: str, description: str, stages: Callable[[InstructGPT, Context], None]
 ) -> None:
     """Runs stages as a command: the whole of every module in `experiments`.
 
     Args:
+        module: of the command, e.g. "experiments.ppo".
         description: shown by `--help`.
         stages: what to run.
-        fields: parts of `InstructGPT` the command shows; None shows all.
     """
-    presets = PRESETS if fields is None else _narrow(fields)
+    cfg = parse(module, description, sys.argv[1:])
     keep_freed_memory()
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    cfg = parse(description, presets, sys.argv[1:])
-    if fields is not None:
-        cfg = InstructGPT(**{f: getattr(cfg, f) for f in _common(fields)})
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize()
     try:
+        cfg.check_lengths()
         stages(cfg, make_context(cfg))
     except (
         DataError,
@@ -74,23 +83,3 @@ def main(
         InvariantError,
     ) as error:
         raise SystemExit(f"error: {error}") from error
-
-
-def _common(fields: Sequence[str]) -> list[str]:
-    return ["run", "data", "seed", "files", "simulation", "mesh", *fields]
-
-
-def _narrow(fields: Sequence[str]) -> dict[str, tuple[str, Any]]:
-    """The presets with only some parts of the configuration."""
-    whole = {f.name: f for f in dataclasses.fields(InstructGPT)}
-    kept = [(name, whole[name].type, whole[name]) for name in _common(fields)]
-    narrow = dataclasses.make_dataclass(
-        "Options",
-        [(n, t, dataclasses.field(default=f.default)) for n, t, f in kept],
-        frozen=True,
-        kw_only=True,
-    )
-    return {
-        name: (text, narrow(**{n: getattr(cfg, n) for n, _, _ in kept}))
-        for name, (text, cfg) in PRESETS.items()
-    }

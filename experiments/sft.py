@@ -22,4 +22,4 @@ def stages(cfg: InstructGPT, ctx: Context) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", stages, ("sft", "sft_rl", "evaluate"))
+    main("experiments.sft", __doc__ or "", stages)

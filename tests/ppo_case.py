@@ -60,9 +60,7 @@ def optimize_fn(cfg: PPOConfig):
 @functools.cache
 def rollout_fn(cfg: PPOConfig):
     return compiled(
-        functools.partial(
-            collect_rollout, cfg=cfg, model=MODEL, eos_id=EOS, pad_id=PAD
-        )
+        functools.partial(collect_rollout, cfg=cfg, model=MODEL, eos_id=EOS, pad_id=PAD)
     )
 
 
@@ -149,8 +147,9 @@ def stored_rollout(seed: int = 0) -> Rollout:
     ended[-1] = True
     tokens = rng.integers(0, V, (B, R))
     steps = np.arange(R)[None]
-    tokens = np.where(steps == lengths[:, None] - 1, np.where(ended, EOS, 5)[:, None],
-                      tokens)
+    tokens = np.where(
+        steps == lengths[:, None] - 1, np.where(ended, EOS, 5)[:, None], tokens
+    )
     tokens = np.where(steps < lengths[:, None], tokens, PAD)
     return Rollout(
         responses=jnp.asarray(tokens, jnp.int32),

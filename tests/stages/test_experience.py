@@ -47,9 +47,10 @@ def slow(state, frozen, inputs, rollout, cfg):
         ):
             hidden = oracle.hidden_states(params, sequence, "pre")
             for t, token in enumerate(response):
-                logits = np.asarray(params["embed"], np.float64) @ hidden[
-                    len(prompt) - 1 + t
-                ]
+                logits = (
+                    np.asarray(params["embed"], np.float64)
+                    @ hidden[len(prompt) - 1 + t]
+                )
                 probs = oracle.contract_probs(
                     logits,
                     cfg.sampling.temperature,
@@ -295,7 +296,9 @@ def test_no_gradient_flows_through_experience(made):
         experience, _ = make_experience(
             state.replace(params=params), *rest, SCALARS, cfg=CFG, **case.SHAPES
         )
-        return sum(jnp.sum(x) for x in real_part(experience).values() if x.dtype != bool)
+        return sum(
+            jnp.sum(x) for x in real_part(experience).values() if x.dtype != bool
+        )
 
     grads = case.compiled(jax.grad(total))(state.params)
     assert all(not np.any(x) for x in jax.tree.leaves(grads))
@@ -331,9 +334,14 @@ def test_rollouts_are_a_function_of_key_and_step():
         return np.asarray(run(state, inputs, SCALARS).responses)
 
     first = responses(state)
-    np.testing.assert_array_equal(first, responses(case.later_state().replace(
-        params=state.params, step=state.step, key=state.key
-    )))
+    np.testing.assert_array_equal(
+        first,
+        responses(
+            case.later_state().replace(
+                params=state.params, step=state.step, key=state.key
+            )
+        ),
+    )
     assert np.any(first != responses(state.replace(step=jnp.int32(1))))
     assert np.any(first != responses(case.fresh_state(seed=1)))
 

@@ -80,9 +80,7 @@ def written_out_loss(params, experience, value_coef):
         )
     )
     ratio = jnp.exp(logprobs - old)
-    objective = jnp.minimum(
-        ratio * advantages, jnp.clip(ratio, 0.8, 1.2) * advantages
-    )
+    objective = jnp.minimum(ratio * advantages, jnp.clip(ratio, 0.8, 1.2) * advantages)
     value = params["value"]
     hidden = forward(value["transformer"], jnp.asarray(joined), case.MODEL)[at]
     values = hidden @ value["head"]["w"] + value["head"]["b"] + 0.4
@@ -117,9 +115,11 @@ def first_adam_step(params, grads, rate):
 def gradients():
     state, experience, inputs = experience_of(PTX)
     experience = off_policy(experience)
-    ppo = case.compiled(jax.grad(functools.partial(
-        written_out_loss, experience=experience, value_coef=0.1
-    )))(state.params)
+    ppo = case.compiled(
+        jax.grad(
+            functools.partial(written_out_loss, experience=experience, value_coef=0.1)
+        )
+    )(state.params)
     ptx = case.compiled(jax.grad(functools.partial(written_out_ptx, inputs=inputs)))(
         state.params["policy"]
     )
@@ -321,7 +321,9 @@ def test_a_shared_trunk_learns_values():
         new, metrics = run(new, silent, inputs, scalars)
         losses.append(float(metrics["value/loss"]))
     assert losses[-1] < 0.5 * losses[0]
-    change = jax.tree.map(lambda a, b: a - b, new.params["policy"], state.params["policy"])
+    change = jax.tree.map(
+        lambda a, b: a - b, new.params["policy"], state.params["policy"]
+    )
     assert norm(change["blocks"]) > 1e-3  # the trunk has learned it too
     assert set(new.params["value"]) == {"head"}
 
@@ -331,7 +333,9 @@ def test_a_separate_value_model_leaves_the_policy_alone():
     silent = experience.replace(advantages=jnp.zeros((B, R)))
     new, _ = case.optimize_fn(CFG)(state, silent, inputs, CFG.scalars())
     case.assert_trees_equal(new.params["policy"], state.params["policy"])
-    change = jax.tree.map(lambda a, b: a - b, new.params["value"], state.params["value"])
+    change = jax.tree.map(
+        lambda a, b: a - b, new.params["value"], state.params["value"]
+    )
     assert norm(change) > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""PPO with a KL penalty converges to the closed form: pi* = pi_ref exp(r / beta) / Z."""
+"""PPO with a KL penalty reaches the closed form: pi* = pi_ref exp(r / beta) / Z."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ def blank():
 
 
 def reference():
-    """Always the same state, (1, 0, ..), and embeddings whose first entry is a logit."""
+    """The same state always, (1, 0, ..), and embeddings that begin with the logit."""
     params = blank()
     rng = np.random.default_rng(0)
     table = np.concatenate([LOGITS[:, None], rng.normal(size=(V, D - 1))], axis=1)
@@ -64,15 +64,22 @@ def reward_model():
     table = np.random.default_rng(1).normal(size=(V, D))
     params["embed"] = jnp.asarray(table, jnp.float32)
     states = np.stack(
-        [np.asarray(forward(params, jnp.full((1, 1), v), MODEL))[0, 0] for v in range(V)]
+        [
+            np.asarray(forward(params, jnp.full((1, 1), v), MODEL))[0, 0]
+            for v in range(V)
+        ]
     )
     w = np.linalg.lstsq(states, REWARDS, rcond=None)[0]
-    head = {"w": jnp.asarray(w, jnp.float32), "b": jnp.zeros(()), "shift": jnp.zeros(())}
+    head = {
+        "w": jnp.asarray(w, jnp.float32),
+        "b": jnp.zeros(()),
+        "shift": jnp.zeros(()),
+    }
     return {"transformer": params, "head": head}
 
 
 def test_one_token_ppo_reaches_the_closed_form():
-    """algorithms: beta 0.5 gives E r 1.722723, KL 1.482784; beta 2 the uniform policy."""
+    """beta 0.5: E r = 1.722723, KL 1.482784; beta 2: the uniform policy."""
     policy, scorer = reference(), reward_model()
     frozen = Frozen(reference=policy, reward_model=scorer)
     empty = jnp.zeros((0, CFG.ptx_len), jnp.int32)

@@ -119,7 +119,9 @@ def test_the_loss_of_text_equals_the_oracle(params):
 
 def test_a_zero_head_starts_at_log_2(params):
     blank = params | {"head": case.zero_head()}
-    loss, _ = reward_loss(blank, weighted(RANKINGS), jax.random.key(0), model=MODEL)
+    loss, _ = case.compiled(functools.partial(reward_loss, model=MODEL))(
+        blank, weighted(RANKINGS), jax.random.key(0)
+    )
     np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
 
 
@@ -131,6 +133,7 @@ def test_scores_know_neither_batch_mates_nor_padding(params):
         behind = np.arange(tokens.shape[-1]) >= np.asarray(lengths)[..., None]
         return jnp.where(behind, rng.integers(0, case.V, tokens.shape), tokens)
 
+    @case.compiled
     def scores(batch):
         return response_scores(
             params,

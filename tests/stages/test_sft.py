@@ -53,10 +53,11 @@ def test_the_loss_is_the_mean_over_response_tokens_and_their_end():
     params, batch = case.transformer(0), batch_of(DEMONSTRATIONS)
     loss, extras = loss_fn()(params, batch, jax.random.key(0))
     assert extras == {}
+    states = case.compiled(lambda tokens: forward(params, tokens, case.MODEL))
     nll = []
     for d in DEMONSTRATIONS:
         ids = np.array([*LETTERS.encode(f"{d.prompt}:{d.response}"), 0], np.int32)
-        hidden = forward(params, jnp.asarray(ids[None, :-1]), case.MODEL)[0]
+        hidden = states(jnp.asarray(ids[None, :-1]))[0]
         logprobs = jax.nn.log_softmax(hidden @ params["embed"].T)
         first = len(d.prompt)  # the state after the suffix decides the first token
         nll += [-float(logprobs[t, ids[t + 1]]) for t in range(first, len(ids) - 1)]
@@ -82,7 +83,8 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
     dropped = case.compiled(functools.partial(lm_loss, model=model))
     losses = [float(dropped(params, batch, jax.random.key(s))[0]) for s in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
-    total, count = sum_logprobs(params, batch, model=model)
+    sums = case.compiled(functools.partial(sum_logprobs, model=model))
+    total, count = sums(params, batch)
     plain, _ = loss_fn()(params, batch, jax.random.key(0))
     np.testing.assert_allclose(-total / count, plain, rtol=1e-5)
     assert float(count) == 5
@@ -107,7 +109,7 @@ def test_mixing_weighs_both_losses_by_the_fraction():
     params, key = case.transformer(0), jax.random.key(0)
 
     def loss(batch):
-        return lm_loss(params, jax.tree.map(jnp.asarray, batch), key, model=case.MODEL)
+        return loss_fn()(params, jax.tree.map(jnp.asarray, batch), key)
 
     (both, _), (first, _), (second, _) = map(
         loss, (mixed, demonstrations, text_batch(5))

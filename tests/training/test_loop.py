@@ -93,9 +93,9 @@ def assert_same(state, other):
             x = jax.random.key_data(x)
         return np.asarray(x)
 
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(host(a), host(b)), *(
-        state, other
-    ))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(host(a), host(b)), *(state, other)
+    )
 
 
 def crash_at(bad_step):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data.batches import TokenBatch
-from rlhf_jax.nn.transformer import init_params
 from rlhf_jax.stages.pretrain import lm_loss
 from rlhf_jax.training.mesh import (
     MeshConfig,

@@ -88,7 +88,9 @@ def test_other_data_is_a_difference(tmp_path):
 
 def test_an_unfinished_parent_names_the_command_to_run(tmp_path):
     parent = StageDir(tmp_path / "pretrain")
-    with pytest.raises(RunDirError, match=r"python -m experiments\.pretrain --run") as e:
+    with pytest.raises(
+        RunDirError, match=r"python -m experiments\.pretrain --run"
+    ) as e:
         opened(tmp_path / "sft", parents={"pretrain": parent})
     assert str(tmp_path) in str(e.value)
     assert not (tmp_path / "sft").exists()

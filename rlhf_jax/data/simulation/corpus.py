@@ -41,11 +41,11 @@ DOCUMENT_KINDS = {
     "facts": 0.22,  # a fact sheet about one animal
     "story": 0.09,  # events with some facts between
     "shared": 0.03,  # who has the same home, colour or food
-    "instructions": 0.38,  # prompts without answers, one per line
-    "answers": 0.22,  # blocks of "prompt\nresponse\n\n"
+    "instructions": 0.41,  # prompts without answers, one per line
+    "answers": 0.19,  # blocks of "prompt\nresponse\n\n"
     "rude": 0.06,
 }
-FALSE_FACTS = 0.09  # of the statements about what is known
+FALSE_FACTS = 0.07  # of the statements about what is known
 GUESSED_FACTS = 0.3  # of the statements about what nobody knows
 WEB_HABITS = Habits(
     wrong=0.12,

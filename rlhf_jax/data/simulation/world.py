@@ -10,10 +10,8 @@ import numpy as np
 
 T = TypeVar("T")
 
-ENTITIES = tuple(
-    "fox owl bear cat dog hen duck goat cow pig frog bee mouse horse wolf crow".split()
-)
-PEOPLE = tuple("Anna Tom Ben Lucy Max Rosa Sam".split())
+ENTITIES = tuple("fox owl bear cat dog hen wolf crow".split())
+PEOPLE = tuple("Anna Tom Ben Lucy".split())
 
 
 @dataclass(frozen=True)
@@ -29,24 +27,20 @@ class Attribute:
 ATTRIBUTES = {
     attribute.noun: attribute
     for attribute in (
-        Attribute(
-            "colour", "colours", tuple("red brown grey white black green blue".split())
-        ),
-        Attribute(
-            "food", "foods", tuple("bread fish nuts corn apples cheese honey".split())
-        ),
+        Attribute("colour", "colours", tuple("red white green blue".split())),
+        Attribute("food", "foods", tuple("bread fish nuts corn".split())),
         Attribute(
             "home",
             "homes",
-            tuple("forest cave garden barn village valley desert".split()),
+            tuple("forest barn garden cave".split()),
         ),
         Attribute("friend", "friends", PEOPLE),
         Attribute(
             "hobby",
             "hobbies",
-            tuple("singing dancing swimming reading painting running cooking".split()),
+            tuple("singing dancing swimming reading".split()),
         ),
-        Attribute("toy", "toys", tuple("drum kite lamp boat hat ball bell".split())),
+        Attribute("toy", "toys", tuple("drum kite lamp bell".split())),
         Attribute("age", "ages", tuple("three five seven ten".split()), known=False),
         Attribute(
             "birthday",
@@ -60,7 +54,7 @@ KNOWN = tuple(noun for noun, a in ATTRIBUTES.items() if a.known)
 UNKNOWN = tuple(noun for noun, a in ATTRIBUTES.items() if not a.known)
 
 # Things that stories mention and that are no attribute of anyone.
-SCENERY = tuple("river hill lake tree stone bridge road field moon flower".split())
+SCENERY = tuple("river hill tree moon field".split())
 RUDE_WORDS = ("fool", "silly", "stupid", "ugly", "shut")
 
 

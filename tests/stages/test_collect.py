@@ -1,0 +1,154 @@
+"""K responses to each prompt from mixed sources, and a way to have people rank them."""
+
+import json
+import types
+
+import numpy as np
+import ppo_case as case
+import pytest
+
+from rlhf_jax.data.prompts import PromptFormat
+from rlhf_jax.data.records import DataError, Demonstration
+from rlhf_jax.nn.sampling import Sampling
+from rlhf_jax.stages import collect
+from rlhf_jax.stages.collect import CollectConfig, cut_few_shot, sample_responses
+from rlhf_jax.stages.common import Context, Model
+from rlhf_jax.stages.scoring import Response
+from rlhf_jax.training.mesh import MeshConfig
+
+FORM = PromptFormat(prefix="", suffix=":", separator=";")
+ALPHABET = "_abcdefghi:; "
+
+
+class Letters:
+    """One id per letter; 0 is pad and end-of-text."""
+
+    pad_id = eos_id = 0
+    vocab_size = case.V
+    fingerprint = "letters"
+
+    def encode(self, text):
+        return np.array([ALPHABET.index(c) for c in text], np.int32)
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids):
+        return "".join(ALPHABET[i] for i in ids if i)
+
+
+CFG = CollectConfig(
+    min_responses=3,
+    max_responses=6,
+    prompt_len=4,
+    few_shot_len=9,
+    num_few_shot=1,
+    sampling=Sampling(response_len=5),
+    batch_size=8,
+)
+PROMPTS = ["a", "bc", "d", "ef", "gh", "i", "ab", "cd", "e", "g"]
+
+
+@pytest.fixture(scope="module")
+def ctx(tmp_path_factory):
+    records = [Demonstration("abcdef", "a"), Demonstration("b", "c")]
+    inputs = types.SimpleNamespace(simulated=False, read=lambda purpose, split: records)
+    run = tmp_path_factory.mktemp("run")
+    return Context(run, inputs, MeshConfig().make(), 0)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def models():
+    def model(seed):
+        return Model(
+            "language_model", case.transformer(seed), case.MODEL, Letters(), FORM
+        )  # type: ignore # noqa: E501
+
+    return {"gpt_few_shot": model(0), "sft": model(1), "sft_rl": model(2)}
+
+
+@pytest.fixture(scope="module")
+def rows(ctx, models):
+    return sample_responses(models, PROMPTS, CFG, ctx, "train")
+
+
+def test_every_prompt_gets_between_min_and_max_responses(rows):
+    counts = {len(row) for row in rows}
+    assert len(rows) == len(PROMPTS)
+    assert counts <= {3, 4, 5, 6} and len(counts) > 1
+
+
+def test_sources_are_mixed(rows):
+    for row in rows:
+        sources = [source for source, _ in row]
+        assert sources.count("gpt_few_shot") == 1
+        assert abs(sources.count("sft") - sources.count("sft_rl")) <= 1
+    places = {[s for s, _ in row].index("gpt_few_shot") for row in rows}
+    assert len(places) > 1  # order tells nothing
+
+
+def test_collecting_again_collects_the_same(rows, ctx, models):
+    again = sample_responses(models, PROMPTS, CFG, ctx, "train")
+    assert [[(s, r.text, r.ended) for s, r in row] for row in again] == [
+        [(s, r.text, r.ended) for s, r in row] for row in rows
+    ]
+
+
+def test_a_few_shot_response_ends_where_the_next_example_begins(rows):
+    empty = np.zeros(0, np.int32)
+    cut = cut_few_shot(Response("ab;c:d", empty, False), ";")
+    assert (cut.text, cut.ended) == ("ab", True)
+    whole = Response("abc", empty, False)
+    assert cut_few_shot(whole, ";") is whole
+    assert not any(";" in r.text for row in rows for s, r in row if s == "gpt_few_shot")
+
+
+def test_real_examples_of_few_shot_prompting_are_short(ctx):
+    assert collect.few_shot_examples(ctx, 1) == [Demonstration("b", "c")]
+
+
+@pytest.mark.parametrize("bounds", [(1, 4), (5, 4), (0, 0)])
+def test_impossible_numbers_of_responses_are_refused(bounds):
+    with pytest.raises(ValueError, match="2 <= min_responses <= max_responses"):
+        CollectConfig(min_responses=bounds[0], max_responses=bounds[1])
+
+
+def test_the_defaults_are_instructgpts():
+    """Ouyang et al. 2022, section 3.5: K = 4 to 9."""
+    assert (CollectConfig().min_responses, CollectConfig().max_responses) == (4, 9)
+
+
+def test_without_labelers_the_way_to_hand_rankings_in_is_told(tmp_path):
+    with pytest.raises(DataError) as caught:
+        collect._take_ranked(CollectConfig(), tmp_path)
+    text = str(caught.value)
+    assert str(tmp_path / "to_rank_train.jsonl") in text
+    assert "`ranks`" in text and "--collect.ranked FILE" in text
+
+
+def test_rankings_of_people_are_split_by_prompt(tmp_path):
+    file = tmp_path / "ranked.jsonl"
+    lines = [
+        {
+            "prompt": f"p{n // 2}",
+            "responses": ["a", "b"],
+            "ranks": [2, 1],
+            "ended": [True, False],
+            "labeler": "kim",
+        }
+        for n in range(40)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    counts = collect._take_ranked(CollectConfig(ranked=file), tmp_path)
+    assert counts == {"num_rankings": 40}
+    parts = {
+        split: [
+            json.loads(line)
+            for line in (tmp_path / f"rankings_{split}.jsonl").read_text().splitlines()
+        ]
+        for split in ("train", "valid")
+    }
+    assert len(parts["train"]) == 36 and len(parts["valid"]) == 4
+    prompts = [{line["prompt"] for line in part} for part in parts.values()]
+    assert not prompts[0] & prompts[1]
+    assert all(line in lines for part in parts.values() for line in part)
