@@ -22,6 +22,16 @@ from rlhf_jax.stages.common import Context
 
 def stages(cfg: InstructGPT, ctx: Context) -> None:
     """Runs every stage in order."""
+    ctx.inputs.check(
+        [
+            ("corpus", "train"),
+            ("corpus", "valid"),
+            ("demonstrations", "train"),
+            ("demonstrations", "valid"),
+            ("ppo_prompts", "train"),
+            ("eval_prompts", "test"),
+        ]
+    )
     pretrain.run(cfg.pretrain, cfg.tokenizer, ctx)
     sft.run(cfg.sft, ctx, "sft")
     sft.run(cfg.sft_rl, ctx, "sft_rl")

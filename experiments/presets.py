@@ -56,8 +56,34 @@ class InstructGPT:
     evaluate: EvaluateConfig = EvaluateConfig()
     """Held-out evaluation."""
 
-    def check_lengths(self) -> None:
-        """Raises DataError if anything is longer than the model's context."""
+    def check(self, num_devices: int) -> None:
+        """Refuses what would only fail after earlier stages have run.
+
+        Raises:
+            DataError: if anything is longer than the model's context, or a batch cannot
+                be cut into its microbatches or dealt over the devices.
+        """
+        batches = {
+            "pretrain": (self.pretrain.batch_size, self.pretrain.num_microbatches),
+            "sft": (self.sft.batch_size, self.sft.num_microbatches),
+            "sft_rl": (
+                self.sft_rl.batch_size + self.sft_rl.num_pretrain_rows,
+                self.sft_rl.num_microbatches,
+            ),
+            "reward_model": (
+                self.reward_model.batch_size,
+                self.reward_model.num_microbatches,
+            ),
+            "ppo": (self.ppo.batch_size, 1),
+            "ppo_ptx": (self.ppo_ptx.batch_size, 1),
+        }
+        for name, (rows, parts) in batches.items():
+            if rows % parts or rows % num_devices:
+                raise DataError(
+                    f"{name}: batches of {rows} rows (pre-training rows included) must "
+                    f"be a multiple of num_microbatches {parts} and of the "
+                    f"{num_devices} devices; change {name}.batch-size"
+                )
         context = self.pretrain.model.max_len
         lengths = {
             "pretrain.seq_len": self.pretrain.seq_len,
@@ -273,7 +299,7 @@ def cpu() -> InstructGPT:
     sampling = Sampling(response_len=64)
     prompts = {"prompt_len": 128, "sampling": sampling}
     ppo = PPOConfig(
-        num_iterations=60,
+        num_iterations=40,
         batch_size=64,
         num_minibatches=8,
         policy_optimizer=_adamw(
@@ -294,14 +320,14 @@ def cpu() -> InstructGPT:
             model=TransformerConfig(
                 num_layers=4, model_dim=192, num_heads=6, max_len=512
             ),
-            num_steps=1500,
+            num_steps=1200,
             batch_size=16,
             seq_len=256,
             optimizer=_adamw(1.5e-3, warmup_steps=100, weight_decay=0.1),
             loop=LoopConfig(checkpoint_every=250, eval_every=250),
         ),
         sft=SFTConfig(
-            num_epochs=3,
+            num_epochs=2,
             seq_len=256,
             dropout=0.1,
             optimizer=_adamw(3e-4),

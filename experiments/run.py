@@ -22,7 +22,11 @@ def make_context(cfg: InstructGPT) -> Context:
     """Opens the data and the devices of a run."""
     cfg.run.mkdir(parents=True, exist_ok=True)
     inputs = Inputs(cfg.data, cfg.files, cfg.simulation, cfg.run)
-    return Context(run=cfg.run, inputs=inputs, mesh=cfg.mesh.make(), seed=cfg.seed)
+    try:
+        mesh = cfg.mesh.make()
+    except ValueError as error:
+        raise DataError(f"mesh: {error}") from error
+    return Context(run=cfg.run, inputs=inputs, mesh=mesh, seed=cfg.seed)
 
 
 def parse(module: str, description: str, argv: Sequence[str]) -> InstructGPT:
@@ -73,7 +77,7 @@ def main(
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize()
     try:
-        cfg.check_lengths()
+        cfg.check(jax.device_count())
         stages(cfg, make_context(cfg))
     except (
         DataError,

@@ -96,6 +96,17 @@ class Inputs:
         kind = _KINDS[purpose]
         return load(kind, self.root, patterns, split, cache_dir() / "data")
 
+    def read_by_file(self, purpose: str, split: Split) -> dict[str, Sequence[Any]]:
+        """The same records, file by file; a TFDS data set goes by its purpose."""
+        patterns = getattr(self.files, purpose)
+        if any(pattern.startswith("tfds:") for pattern in patterns):
+            return {purpose: self.read(purpose, split)}
+        kind, cache = _KINDS[purpose], cache_dir() / "data"
+        return {
+            path.name: load(kind, path.parent, (path.name,), split, cache)
+            for path in find_files(self.root, patterns, split)
+        }
+
     def has(self, purpose: str, split: Split) -> bool:
         """Whether the run's data has any such records."""
         patterns = getattr(self.files, purpose)
@@ -105,6 +116,22 @@ class Inputs:
             return bool(find_files(self.root, patterns, split))
         except NoFilesError:
             return False
+
+    def check(self, required: Sequence[tuple[str, Split]]) -> None:
+        """Reads everything a run will read, so that bad input stops it at once.
+
+        Args:
+            required: purposes and splits that must be there; others are read if they
+                are.
+
+        Raises:
+            DataError: naming file, line and field, or what is missing.
+        """
+        splits: tuple[Split, ...] = ("train", "valid", "test")
+        for purpose in _KINDS:
+            for split in splits:
+                if (purpose, split) in required or self.has(purpose, split):
+                    self.read(purpose, split)
 
     def fingerprint(self, *purposes_and_splits: tuple[str, Split]) -> dict[str, str]:
         """Content hash of each source a stage reads, to notice when it changes."""

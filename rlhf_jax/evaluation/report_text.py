@@ -13,12 +13,15 @@ from rlhf_jax.evaluation.measurements import (
     EVALUATION,
     METADATA_LABELS,
     MODEL_LABELS,
-    REWARD_MODEL_EVALUATION,
     Curve,
     Document,
     RunData,
     model_estimate,
-    optional_estimate,
+)
+from rlhf_jax.evaluation.reward_model_section import (
+    NOT_MEASURED,
+    cell,
+    reward_model_section,
 )
 from rlhf_jax.evaluation.statistics import format_estimate
 
@@ -32,7 +35,6 @@ _MODEL_COLUMNS = (
     ("eos_rate", "ends by itself", True),
     ("pretrain_loss", "pre-training loss (nats per token)", False),
 )
-_NOT_MEASURED = "–"
 _NOTES = """\
 - **Intervals.** Every `x [low, high]` is a mean with its 95 % interval over held-out
   prompts (over documents for the pre-training loss). They measure how well these
@@ -102,7 +104,7 @@ def render_report(report: Report) -> str:
         "## Claims\n\n" + _claims(report.claims),
         "## Models\n\n" + _models(run),
         "## Figures\n\n" + _figures(report.figures, report.not_drawn),
-        "## Reward model\n\n" + _reward_model(run.reward_model),
+        "## Reward model\n\n" + reward_model_section(run.reward_model),
         "## Samples\n\n" + _samples(report.samples),
         "## How to read this\n\n" + _notes(report),
         "## What was run\n\n" + _stages(run.curves, report.finished, report.configs),
@@ -144,7 +146,7 @@ def _claims(results: Sequence[ClaimResult]) -> str:
     for result in results:
         claim = result.claim
         if result.estimate is None:
-            measured = _NOT_MEASURED
+            measured = NOT_MEASURED
         else:
             measured = format_estimate(result.estimate, claim.percent)
         threshold = (
@@ -158,7 +160,7 @@ def _claims(results: Sequence[ClaimResult]) -> str:
                 claim.statement,
                 f"{measured}<br>must be {threshold}",
                 f"{claim.quantity[0].upper()}{claim.quantity[1:]}. {result.detail}",
-                claim.published or _NOT_MEASURED,
+                claim.published or NOT_MEASURED,
             )
         )
     header = ("verdict", "claim", "estimate", "what it is", "published")
@@ -174,17 +176,17 @@ def _models(run: RunData) -> str:
     for name in ordered:
         row = [f"**{MODEL_LABELS[name]}**"]
         for quantity, _, percent in _MODEL_COLUMNS:
-            cell = _cell(run.evaluation, EVALUATION, percent, "models", name, quantity)
-            if quantity == "win_rate_vs_sft" and cell != _NOT_MEASURED:
-                cell += _outcomes(run.evaluation["models"][name])
-            row.append(cell)
+            text = cell(run.evaluation, EVALUATION, percent, "models", name, quantity)
+            if quantity == "win_rate_vs_sft" and text != NOT_MEASURED:
+                text += _outcomes(run.evaluation["models"][name])
+            row.append(text)
         rows.append(row)
     header = ["model", *(title for _, title, _ in _MODEL_COLUMNS)]
     text = "Mean [95 % interval] on held-out data.\n\n" + table(header, rows)
     labelled = [
         [f"**{MODEL_LABELS[name]}**"]
         + [
-            _cell(run.evaluation, EVALUATION, True, "models", name, "metadata", label)
+            cell(run.evaluation, EVALUATION, True, "models", name, "metadata", label)
             for label in METADATA_LABELS
         ]
         for name in ordered
@@ -217,50 +219,6 @@ def _figures(drawn: Mapping[str, str], not_drawn: Mapping[str, str]) -> str:
     return "\n\n".join(parts)
 
 
-def _reward_model(document: Document) -> str:
-    if not document:
-        return f"Not evaluated: there is no `{REWARD_MODEL_EVALUATION}`."
-
-    def cell(*path: str) -> str:
-        return _cell(document, REWARD_MODEL_EVALUATION, True, *path)
-
-    splits = {
-        "train": ("training prompts", None),
-        "held_out_prompts": ("held-out prompts", "train_labelers"),
-        "held_out_labelers": ("held-out labelers", "held_out_labelers"),
-        "test": ("test files", None),
-    }
-    measured = document.get("accuracy") or {}
-    rows = [
-        (
-            title,
-            cell("accuracy", split),
-            cell("length_baseline", split),
-            cell("agreement", labelers) if labelers else _NOT_MEASURED,
-        )
-        for split, (title, labelers) in splits.items()
-        if measured.get(split) is not None
-    ]
-    header = ("pairs", "accuracy", "length alone", "labelers agree")
-    parts = [table(header, rows)]
-    labelers = document.get("by_labeler") or {}
-    if labelers:
-        by_labeler = [(code(name), cell("by_labeler", name)) for name in labelers]
-        parts.append(table(("labeler (held-out rankings)", "accuracy"), by_labeler))
-    files = document.get("by_file") or {}
-    if files:
-        by_file = [
-            (
-                code(name),
-                cell("by_file", name, "accuracy"),
-                cell("by_file", name, "length_baseline"),
-            )
-            for name in files
-        ]
-        parts.append(table(("file", "accuracy", "length alone"), by_file))
-    return "\n\n".join(parts)
-
-
 def _samples(samples: Sequence[Document]) -> str:
     if not samples:
         return "There are no samples."
@@ -283,7 +241,7 @@ def _samples(samples: Sequence[Document]) -> str:
 def _sample_row(sample: Document, name: str) -> str:
     def score(field: str) -> str:
         value = (sample.get(field) or {}).get(name)
-        return _NOT_MEASURED if value is None else f"{value:.2f}"
+        return NOT_MEASURED if value is None else f"{value:.2f}"
 
     text = visible(sample["responses"][name])
     if not (sample.get("ended") or {}).get(name, True):
@@ -337,10 +295,5 @@ def _stages(
 
 def _first_to_last(curve: Curve | None) -> str:
     if curve is None:
-        return _NOT_MEASURED
+        return NOT_MEASURED
     return f"{curve[1][0]:.3f} → {curve[1][-1]:.3f}"
-
-
-def _cell(document: Document, file: str, percent: bool, *path: str) -> str:
-    estimate = optional_estimate(document, file, *path)
-    return _NOT_MEASURED if estimate is None else format_estimate(estimate, percent)

@@ -90,6 +90,12 @@ class PPOConfig:
     """How often to save and evaluate, in iterations."""
 
     def __post_init__(self):
+        if self.sampling.top_k is not None or self.sampling.top_p is not None:
+            raise ValueError(
+                "PPO samples from the whole distribution: a token outside the "
+                "reference's top_k or top_p would have an infinite KL penalty; set "
+                "both to None and lower the temperature instead"
+            )
         minibatch = self.batch_size // max(self.num_minibatches, 1)
         if self.num_minibatches < 1 or self.batch_size % self.num_minibatches:
             raise ValueError(

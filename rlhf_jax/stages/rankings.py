@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 
 from rlhf_jax.data.batches import ranking_batches
 from rlhf_jax.data.inputs import cache_dir
-from rlhf_jax.data.sources import Demonstration, Ranking, find_files, load
+from rlhf_jax.data.sources import Demonstration, Ranking, Split, load
 from rlhf_jax.evaluation.rankings import ranking_report
 from rlhf_jax.objectives.ranking import ranking_accuracy
 from rlhf_jax.stages.common import Context, Model
@@ -120,30 +119,23 @@ def fitting_rankings(
     return kept
 
 
-def read_rankings(ctx: Context, split: str) -> list[Ranking]:
-    """The run's rankings: collected, or of the data with its comparisons (K = 2)."""
-    records: list[Ranking] = []
-    for path in ranking_files(ctx, split):
-        records += read_ranking_file(path, split)
-    return records
+def read_rankings(ctx: Context, split: Split) -> dict[str, list[Ranking]]:
+    """The run's rankings by source: collected, or of the data with its comparisons.
 
-
-def ranking_files(ctx: Context, split: str) -> list[Path]:
-    """Files that `read_rankings` reads."""
-    files: list[Path] = []
-    for purpose in ("rankings", "comparisons"):
-        if ctx.inputs.has(purpose, split):  # type: ignore[arg-type]
-            patterns = getattr(ctx.inputs.files, purpose)
-            files += find_files(ctx.inputs.root, patterns, split)  # type: ignore
+    Returns:
+        File name (or purpose, for a TFDS data set) -> rankings; comparisons have K = 2.
+    """
     collected = ctx.run / "collect" / f"rankings_{split}.jsonl"
-    return [collected] if collected.exists() else files
-
-
-def read_ranking_file(path: Path, split: str) -> list[Ranking]:
-    """Rankings of one file; a file in a folder `comparisons` holds pairs."""
-    kind = "comparisons" if path.parent.name == "comparisons" else "rankings"
-    records = load(kind, path.parent, (path.name,), split, cache_dir() / "data")  # type: ignore
-    return [records[i] for i in range(len(records))]
+    if collected.exists():
+        folder, cache = collected.parent, cache_dir() / "data"
+        records = load("rankings", folder, (collected.name,), split, cache)
+        return {collected.name: [records[i] for i in range(len(records))]}
+    sources = {}
+    for purpose in ("rankings", "comparisons"):
+        if ctx.inputs.has(purpose, split):
+            for name, records in ctx.inputs.read_by_file(purpose, split).items():
+                sources[name] = [records[i] for i in range(len(records))]
+    return sources
 
 
 def accuracy(scores: Sequence[np.ndarray], ranks: Sequence[Sequence[int]]) -> float:
@@ -173,18 +165,21 @@ def evaluate_rankings(
     scorer: RankingScorer, params: Any, ctx: Context
 ) -> dict[str, Any]:
     """Accuracy on every split and file beside the length baseline and the labelers."""
-    splits = {"train": "train", "held_out_prompts": "valid", "test": "test"}
+    splits: dict[str, Split] = {
+        "train": "train",
+        "held_out_prompts": "valid",
+        "test": "test",
+    }
     parts: dict[str, Any] = {}
     by_file: dict[str, Any] = {}
     for name, split in splits.items():
-        for path in ranking_files(ctx, split):
-            records = read_ranking_file(path, split)
+        for file, records in read_rankings(ctx, split).items():
             records = records[:512] if split == "train" else records
             kept, scores, lengths = scorer(params, records)
             part = parts.setdefault(name, ([], [], []))
             part[0].extend(kept)
             part[1].extend(scores)
             part[2].append(lengths)
-            by_file[path.name] = (kept, scores, lengths)
+            by_file[file] = (kept, scores, lengths)
     parts = {k: (a, b, np.concatenate(c)) for k, (a, b, c) in parts.items()}
     return ranking_report(parts, by_file)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from typing import Any, Literal
 
@@ -134,7 +135,8 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
     if stage.done:
         return
     base = load_model(parents[cfg.init_from], ctx.mesh, "language_model")
-    train, valid = read_rankings(ctx, "train"), read_rankings(ctx, "valid")
+    train = list(itertools.chain(*read_rankings(ctx, "train").values()))
+    valid = list(itertools.chain(*read_rankings(ctx, "valid").values()))
     batches = ranking_batches(
         train,
         base.tokenizer,

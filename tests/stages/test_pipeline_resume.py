@@ -190,7 +190,6 @@ def test_a_malformed_line_is_named(command, data, tmp_path):
     refused(command(tmp_path / "a", "--data", str(data)), f"{file}", "UTF-8")
 
 
-@pytest.mark.xfail(strict=True, reason="later stages' files are read when they start")
 def test_a_malformed_demonstration_stops_before_training(command, data, tmp_path):
     file = data / "demonstrations" / "simulation_train.jsonl"
     lines = file.read_text().splitlines()

@@ -1,0 +1,62 @@
+"""The part of a report that speaks of the reward model."""
+
+from rlhf_jax.evaluation.markdown import code, table
+from rlhf_jax.evaluation.measurements import (
+    REWARD_MODEL_EVALUATION,
+    Document,
+    optional_estimate,
+)
+from rlhf_jax.evaluation.statistics import format_estimate
+
+NOT_MEASURED = "–"
+
+
+def cell(document: Document, file: str, percent: bool, *path: str) -> str:
+    """One estimate of a parsed evaluation as text."""
+    estimate = optional_estimate(document, file, *path)
+    return NOT_MEASURED if estimate is None else format_estimate(estimate, percent)
+
+
+def reward_model_section(document: Document) -> str:
+    """Accuracies beside length alone and the labelers, as Markdown tables."""
+    if not document:
+        return f"Not evaluated: there is no `{REWARD_MODEL_EVALUATION}`."
+
+    def percent(*path: str) -> str:
+        return cell(document, REWARD_MODEL_EVALUATION, True, *path)
+
+    splits = {
+        "train": ("training prompts", None),
+        "held_out_prompts": ("held-out prompts", "train_labelers"),
+        "held_out_labelers": ("held-out labelers", "held_out_labelers"),
+        "test": ("test files", None),
+    }
+    measured = document.get("accuracy") or {}
+    rows = [
+        (
+            title,
+            percent("accuracy", split),
+            percent("length_baseline", split),
+            percent("agreement", labelers) if labelers else NOT_MEASURED,
+        )
+        for split, (title, labelers) in splits.items()
+        if measured.get(split) is not None
+    ]
+    header = ("pairs", "accuracy", "length alone", "labelers agree")
+    parts = [table(header, rows)]
+    labelers = document.get("by_labeler") or {}
+    if labelers:
+        by_labeler = [(code(name), percent("by_labeler", name)) for name in labelers]
+        parts.append(table(("labeler (held-out rankings)", "accuracy"), by_labeler))
+    files = document.get("by_file") or {}
+    if files:
+        by_file = [
+            (
+                code(name),
+                percent("by_file", name, "accuracy"),
+                percent("by_file", name, "length_baseline"),
+            )
+            for name in files
+        ]
+        parts.append(table(("file", "accuracy", "length alone"), by_file))
+    return "\n\n".join(parts)
