@@ -22,8 +22,12 @@ from rlhf_jax.stages.common import Context
 
 def stages(cfg: InstructGPT, ctx: Context) -> None:
     """Runs every stage in order."""
+    ranked = [p for p in ("rankings", "comparisons") if ctx.inputs.has(p, "train")]
+    ranking_source = ranked[0] if ranked else "ranking_prompts"
     ctx.inputs.check(
         [
+            (ranking_source, "train"),
+            (ranking_source, "valid"),
             ("corpus", "train"),
             ("corpus", "valid"),
             ("demonstrations", "train"),

@@ -29,7 +29,7 @@ class InstructGPT:
     """Directory of text and JSON lines (README, "Your data"); None writes and uses the
     embedded simulation."""
     seed: int = 0
-    """Of everything random."""
+    """Of everything random but the simulated world, which has `simulation.seed`."""
     files: FilesConfig = FilesConfig()
     """Which files of the data directory are what."""
     simulation: SimulationConfig = SimulationConfig()
@@ -63,6 +63,8 @@ class InstructGPT:
             DataError: if anything is longer than the model's context, or a batch cannot
                 be cut into its microbatches or dealt over the devices.
         """
+        if self.data is None and self.files == REAL_FILES:
+            raise DataError("this preset reads files of yours: give --data DIR")
         batches = {
             "pretrain": (self.pretrain.batch_size, self.pretrain.num_microbatches),
             "sft": (self.sft.batch_size, self.sft.num_microbatches),
@@ -137,17 +139,17 @@ def embedded() -> InstructGPT:
     )
     return InstructGPT(
         run=Path("runs/instructgpt"),
-        simulation=SimulationConfig(num_ranking_prompts=2400),
+        simulation=SimulationConfig(num_ranking_prompts=3600),
         tokenizer=TokenizerConfig(vocab_size=768),
         pretrain=PretrainConfig(
             model=TransformerConfig(
                 num_layers=2, model_dim=192, num_heads=6, max_len=192
             ),
-            num_steps=1300,
+            num_steps=2200,
             batch_size=16,
             seq_len=112,
             optimizer=_adamw(3e-3, warmup_steps=50, weight_decay=0.1, b2=0.98),
-            loop=LoopConfig(checkpoint_every=200, eval_every=260),
+            loop=LoopConfig(checkpoint_every=250, eval_every=275),
         ),
         sft=SFTConfig(
             num_epochs=16,
@@ -167,11 +169,11 @@ def embedded() -> InstructGPT:
         ),
         reward_model=RewardModelConfig(
             init_from="sft",
-            batch_size=16,
+            batch_size=8,
             prompt_len=48,
             response_len=32,
-            optimizer=_adamw(5e-4, warmup_steps=10, b2=0.98),
-            loop=LoopConfig(checkpoint_every=50, eval_every=50),
+            optimizer=_adamw(8e-4, warmup_steps=20, b2=0.99),
+            loop=LoopConfig(checkpoint_every=100, eval_every=150),
         ),
         ppo=ppo,
         ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),
@@ -320,22 +322,24 @@ def cpu() -> InstructGPT:
             model=TransformerConfig(
                 num_layers=4, model_dim=192, num_heads=6, max_len=512
             ),
-            num_steps=1200,
-            batch_size=16,
+            num_steps=1400,
+            batch_size=8,
             seq_len=256,
-            optimizer=_adamw(1.5e-3, warmup_steps=100, weight_decay=0.1),
+            optimizer=_adamw(1.5e-3, warmup_steps=100, weight_decay=0.1, b2=0.98),
             loop=LoopConfig(checkpoint_every=250, eval_every=250),
         ),
         sft=SFTConfig(
             num_epochs=2,
-            seq_len=256,
+            batch_size=16,
+            seq_len=192,
             dropout=0.1,
             optimizer=_adamw(3e-4),
             loop=LoopConfig(checkpoint_every=100),
         ),
         sft_rl=SFTConfig(
             num_epochs=2,
-            seq_len=256,
+            batch_size=16,
+            seq_len=192,
             dropout=0.1,
             pretrain_fraction=0.1,
             optimizer=_adamw(5e-4),
@@ -345,7 +349,7 @@ def cpu() -> InstructGPT:
         reward_model=RewardModelConfig(
             batch_size=8,
             prompt_len=128,
-            response_len=256,
+            response_len=192,
             optimizer=_adamw(1e-4),
             loop=LoopConfig(checkpoint_every=30, eval_every=30),
         ),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from rlhf_jax.data.files import NoFilesError
 from rlhf_jax.data.records import DataError, Kind, Split
 
 
@@ -133,7 +134,7 @@ def _source(path: Path, kind: Kind, split: Split) -> Sequence[dict[str, Any]]:
     names = {"valid": ("valid", "validation")}.get(split, (split,))
     name = next((name for name in names if name in info.splits), None)
     if name is None:
-        raise DataError(
+        raise NoFilesError(
             f"{path}: no split {' or '.join(names)}; it has {', '.join(info.splits)}. "
             "Name its splits so."
         )

@@ -13,6 +13,10 @@ class DataError(ValueError):
     """An input that cannot be used; the message names file, line, field, way out."""
 
 
+class NoFilesError(DataError):
+    """The data has no file, or no TFDS split, of the kind asked for."""
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields (number from 1, line without its end) of a UTF-8 file, gzip if `*.gz`.
 

@@ -81,8 +81,15 @@ class Inputs:
         self.files = files
         self.simulated = data is None
         self.root = run / "data" if data is None else data
-        if data is None and not (self.root / "simulation.json").exists():
-            simulation.write_campaign(simulated, self.root)
+        if data is None:
+            if not (self.root / simulation.CONFIG_FILE).exists():
+                simulation.write_campaign(simulated, self.root)
+            written = simulation.load_campaign(self.root)[0]
+            if written != simulated:
+                raise DataError(
+                    f"{self.root}: was written for {written}, now asked for "
+                    f"{simulated}. Use another --run or the old --simulation options"
+                )
         if not self.root.is_dir():
             raise DataError(f"{self.root}: no such directory; give --data DIR")
 
@@ -103,7 +110,9 @@ class Inputs:
             return {purpose: self.read(purpose, split)}
         kind, cache = _KINDS[purpose], cache_dir() / "data"
         return {
-            path.name: load(kind, path.parent, (path.name,), split, cache)
+            str(path.relative_to(self.root)): load(
+                kind, path.parent, (path.name,), split, cache
+            )
             for path in find_files(self.root, patterns, split)
         }
 
@@ -111,7 +120,10 @@ class Inputs:
         """Whether the run's data has any such records."""
         patterns = getattr(self.files, purpose)
         if any(pattern.startswith("tfds:") for pattern in patterns):
-            return True
+            try:
+                return len(self.read(purpose, split)) > 0
+            except NoFilesError:
+                return False
         try:
             return bool(find_files(self.root, patterns, split))
         except NoFilesError:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from rlhf_jax.data.files import unfinished_path
+from rlhf_jax.data.files import NoFilesError, unfinished_path
 from rlhf_jax.data.records import (
     PARSERS,
     DataError,
@@ -34,6 +34,7 @@ __all__ = [
     "DataError",
     "Demonstration",
     "Kind",
+    "NoFilesError",
     "Prompt",
     "Ranking",
     "Records",
@@ -48,10 +49,6 @@ __all__ = [
 ]
 
 _SCHEMA = 1  # part of the cache key: raise it when the stored features change
-
-
-class NoFilesError(DataError):
-    """No file of the data directory matches."""
 
 
 def find_files(root: Path | str, patterns: Sequence[str], split: Split) -> list[Path]:

@@ -60,12 +60,13 @@ def few_shot_examples(ctx: Context, count: int) -> list[Demonstration]:
     return sorted(some, key=lambda d: len(d.prompt) + len(d.response))[:count]
 
 
-def cut_few_shot(response: Response, separator: str) -> Response:
+def cut_few_shot(response: Response, model: Model) -> Response:
     """Ends a few-shot response where the model begins the next example."""
-    text, found, _ = response.text.partition(separator)
+    text, found, _ = response.text.partition(model.format.separator)
     if not found:
         return response
-    return dataclasses.replace(response, text=text, ended=True)
+    ids = model.format.encode_response(model.tokenizer, text)
+    return Response(text=text, ids=ids, ended=True)
 
 
 def sample_responses(
@@ -103,7 +104,7 @@ def sample_responses(
         if source == "gpt_few_shot":
             texts = [gpt.format.few_shot_prompt(examples, text) for text in texts]
             drawn = few_shot(gpt.params, texts, turn_key)
-            drawn = [cut_few_shot(r, gpt.format.separator) for r in drawn]
+            drawn = [cut_few_shot(r, gpt) for r in drawn]
         else:
             drawn = plain(models[source].params, texts, turn_key)
         for i, response in zip(wanted, drawn, strict=True):

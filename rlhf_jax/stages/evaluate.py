@@ -61,6 +61,13 @@ class EvaluateConfig:
     text_batches: int = 32
     """Batches of 8 rows of held-out pre-training text."""
 
+    def __post_init__(self):
+        if self.sampling.top_k is not None or self.sampling.top_p is not None:
+            raise ValueError(
+                "evaluate samples from the whole distribution, of which it measures "
+                "the KL; set top_k and top_p to None"
+            )
+
 
 def run(cfg: EvaluateConfig, ctx: Context) -> None:
     """Samples from every finished model and measures it into RUN/evaluate.
@@ -173,8 +180,7 @@ class Measurer:
                 model.params, given, key, {} if few_shot else {"kl": kl}
             )
             if few_shot:
-                separator = model.format.separator
-                responses = [cut_few_shot(r, separator) for r in responses]
+                responses = [cut_few_shot(r, model) for r in responses]
             measured["texts"].append([r.text for r in responses])
             measured["ended"].append([r.ended for r in responses])
             measured["lengths"].append([len(r.ids) for r in responses])

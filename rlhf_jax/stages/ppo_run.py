@@ -123,7 +123,8 @@ def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
     grads_like = {"policy": state.params["policy"], "value": state.params["value"]}
 
     def check(update: int, values: dict[str, float]) -> None:
-        check_invariants(update, values, cfg, reference.cfg.vocab_size)
+        model = reference.cfg
+        check_invariants(update, values, cfg, model.vocab_size, model.dtype)
         warn_of_trouble(update, values)
 
     state = run_loop(

@@ -248,10 +248,9 @@ def mean_reward(
     prompts: Sequence[str],
     sampling: Sampling,
     ctx: Context,
-    seq_len: int,
+    prompt_len: int,
 ) -> float:
     """Mean score of one sample to each prompt: reward units."""
-    prompt_len = min(model.cfg.max_len, seq_len) - sampling.response_len
     sampler = Sampler(model, sampling, prompt_len, 64, ctx)
     measures = {"reward": reward_measure(reward, ctx.mesh)}
     _, values = sampler.measured(

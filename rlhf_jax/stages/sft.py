@@ -17,7 +17,7 @@ from rlhf_jax.stages.common import (
     save_model,
 )
 from rlhf_jax.stages.pretrain import corpus_batches, lm_loss, make_heldout_loss
-from rlhf_jax.stages.scoring import mean_reward
+from rlhf_jax.stages.scoring import fitting, mean_reward
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.training.loop import LoopConfig, run_loop
 from rlhf_jax.training.mesh import jit_step, state_sharding
@@ -201,7 +201,9 @@ def select(cfg: SFTConfig, ctx: Context, sampling: Sampling, name: str = "sft") 
     reward = load_model(parents["reward_model"], ctx.mesh, "reward_model")
     check_compatible(name, model, "reward_model", reward)
     records = ctx.inputs.read("demonstrations", "valid")
+    prompt_len = min(model.cfg.max_len, cfg.seq_len) - sampling.response_len
     prompts = [records[i].prompt for i in range(len(records))]
+    prompts = fitting(prompts, model, prompt_len)
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
         model.params,
@@ -212,7 +214,7 @@ def select(cfg: SFTConfig, ctx: Context, sampling: Sampling, name: str = "sft") 
         params = load_params(path, like)
         candidate = dataclasses.replace(model, params=params)
         rewards[path.name] = mean_reward(
-            candidate, reward, prompts, sampling, ctx, cfg.seq_len
+            candidate, reward, prompts, sampling, ctx, prompt_len
         )
         if best is None or rewards[path.name] > best[0]:
             best = (rewards[path.name], params)

@@ -25,6 +25,13 @@ class LoopConfig:
     eval_every: int = 100
     """Steps between evaluations on held-out data (the last is always evaluated)."""
 
+    def __post_init__(self):
+        for name in ("checkpoint_every", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}"
+                )
+
 
 class Stopped(SystemExit):
     """Raised after a signal, when the state has been saved."""

@@ -46,7 +46,8 @@ class MetricsWriter:
         os.replace(partial, self._path)
         self._file = self._path.open("a", buffering=1)
         self._board = SummaryWriter(
-            str(directory / "tensorboard"), purge_step=first_step
+            str(directory / "tensorboard"),
+            purge_step=first_step + 1 if first_step else 0,
         )
         self._last_time = time.monotonic()
 

@@ -1,6 +1,7 @@
 """A simulated labelling campaign: a small world, its corpus, judge and labelers."""
 
 from rlhf_jax.data.simulation.campaign import (
+    CONFIG_FILE,
     SimulationConfig,
     load_campaign,
     write_campaign,
@@ -19,6 +20,7 @@ from rlhf_jax.data.simulation.templates import USE_CASES
 from rlhf_jax.data.simulation.world import World, make_world
 
 __all__ = [
+    "CONFIG_FILE",
     "USE_CASES",
     "WEIGHTS",
     "Constraint",
