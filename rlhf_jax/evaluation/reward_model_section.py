@@ -55,8 +55,17 @@ def reward_model_section(document: Document) -> str:
                 code(name),
                 percent("by_file", name, "accuracy"),
                 percent("by_file", name, "length_baseline"),
+                _kept(file, "num_rankings"),
+                _kept(file, "num_responses"),
             )
-            for name in files
+            for name, file in files.items()
         ]
-        parts.append(table(("file", "accuracy", "length alone"), by_file))
+        header = ("file", "accuracy", "length alone", "rankings", "responses that fit")
+        parts.append(table(header, by_file))
     return "\n\n".join(parts)
+
+
+def _kept(file: Document, count: str) -> str:
+    if count not in file or f"{count}_read" not in file:
+        return NOT_MEASURED
+    return f"{file[count]} of {file[f'{count}_read']}"

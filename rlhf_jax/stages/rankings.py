@@ -172,6 +172,7 @@ def evaluate_rankings(
     }
     parts: dict[str, Any] = {}
     by_file: dict[str, Any] = {}
+    num_read: dict[str, dict[str, int]] = {}
     for name, split in splits.items():
         for file, records in read_rankings(ctx, split).items():
             records = records[:512] if split == "train" else records
@@ -180,6 +181,14 @@ def evaluate_rankings(
             part[0].extend(kept)
             part[1].extend(scores)
             part[2].append(lengths)
+            num_read[file] = {
+                "num_rankings_read": len(records),
+                "num_responses": sum(len(r.responses) for r in kept),
+                "num_responses_read": sum(len(r.responses) for r in records),
+            }
             by_file[file] = (kept, scores, lengths)
     parts = {k: (a, b, np.concatenate(c)) for k, (a, b, c) in parts.items()}
-    return ranking_report(parts, by_file)
+    report = ranking_report(parts, by_file)
+    for file, read in num_read.items():  # what was too long is told, not hidden
+        report["by_file"][file] |= read
+    return report

@@ -94,12 +94,17 @@ def test_collecting_again_collects_the_same(rows, ctx, models):
     ]
 
 
-def test_a_few_shot_response_ends_where_the_next_example_begins(rows):
-    empty = np.zeros(0, np.int32)
-    cut = cut_few_shot(Response("ab;c:d", empty, False), ";")
+def test_a_few_shot_response_ends_where_the_next_example_begins(rows, models):
+    model = models["gpt_few_shot"]
+    assert model.format.separator == ";"
+    ids = np.zeros(9, np.int32)
+    cut = cut_few_shot(Response("ab;c:d", ids, False), model)
     assert (cut.text, cut.ended) == ("ab", True)
-    whole = Response("abc", empty, False)
-    assert cut_few_shot(whole, ";") is whole
+    assert (
+        cut.ids.tolist() == model.format.encode_response(model.tokenizer, "ab").tolist()
+    )
+    whole = Response("abc", ids, False)
+    assert cut_few_shot(whole, model) is whole
     assert not any(";" in r.text for row in rows for s, r in row if s == "gpt_few_shot")
 
 
