@@ -139,17 +139,17 @@ def embedded() -> InstructGPT:
     )
     return InstructGPT(
         run=Path("runs/instructgpt"),
-        simulation=SimulationConfig(num_ranking_prompts=3600),
+        simulation=SimulationConfig(num_ranking_prompts=2400),
         tokenizer=TokenizerConfig(vocab_size=768),
         pretrain=PretrainConfig(
             model=TransformerConfig(
                 num_layers=2, model_dim=192, num_heads=6, max_len=192
             ),
-            num_steps=2200,
+            num_steps=1300,
             batch_size=16,
             seq_len=112,
             optimizer=_adamw(3e-3, warmup_steps=50, weight_decay=0.1, b2=0.98),
-            loop=LoopConfig(checkpoint_every=250, eval_every=275),
+            loop=LoopConfig(checkpoint_every=200, eval_every=260),
         ),
         sft=SFTConfig(
             num_epochs=16,
@@ -169,11 +169,11 @@ def embedded() -> InstructGPT:
         ),
         reward_model=RewardModelConfig(
             init_from="sft",
-            batch_size=8,
+            batch_size=16,
             prompt_len=48,
             response_len=32,
-            optimizer=_adamw(8e-4, warmup_steps=20, b2=0.99),
-            loop=LoopConfig(checkpoint_every=100, eval_every=150),
+            optimizer=_adamw(5e-4, warmup_steps=10, b2=0.98),
+            loop=LoopConfig(checkpoint_every=50, eval_every=50),
         ),
         ppo=ppo,
         ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),
