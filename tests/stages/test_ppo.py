@@ -1,4 +1,4 @@
-"""One PPO step is the gradient of the paper's objective, and nothing else moves."""
+"""One PPO step (`optimize`) is the gradient of the objective; nothing else moves."""
 
 import dataclasses
 import functools
