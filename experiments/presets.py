@@ -119,67 +119,73 @@ def embedded() -> InstructGPT:
     Small models want higher learning rates, and a short run fewer episodes, than
     InstructGPT's; what differs from its published constants is chosen here.
     """
-    sampling = Sampling(response_len=32)
-    prompts = {"prompt_len": 48, "sampling": sampling}
+    sampling = Sampling(response_len=28)
+    prompts = {"prompt_len": 32, "sampling": sampling}
     ppo = PPOConfig(
-        num_iterations=50,
+        num_iterations=60,
         batch_size=128,
         num_minibatches=8,
         policy_optimizer=_adamw(
             1e-4, schedule="constant", warmup_steps=10, warmup_fraction=0.1
         ),
         value_optimizer=_adamw(3e-4, schedule="constant"),
-        kl_coef=0.05,
+        kl_coef=0.1,
         ema_decay=0.98,
         missing_eos_score=-3.0,
-        ptx_len=96,
+        ptx_len=64,
         eval_prompts=128,
         loop=LoopConfig(checkpoint_every=10, eval_every=25),
         **prompts,
     )
     return InstructGPT(
         run=Path("runs/instructgpt"),
-        simulation=SimulationConfig(num_ranking_prompts=2400),
+        simulation=SimulationConfig(num_ranking_prompts=3600, num_ppo_prompts=1000),
         tokenizer=TokenizerConfig(vocab_size=768),
         pretrain=PretrainConfig(
             model=TransformerConfig(
-                num_layers=2, model_dim=192, num_heads=6, max_len=192
+                num_layers=2, model_dim=128, num_heads=4, max_len=128
             ),
-            num_steps=1300,
-            batch_size=16,
-            seq_len=112,
+            num_steps=4200,
+            batch_size=8,
+            seq_len=100,
             optimizer=_adamw(3e-3, warmup_steps=50, weight_decay=0.1, b2=0.98),
-            loop=LoopConfig(checkpoint_every=200, eval_every=260),
+            loop=LoopConfig(checkpoint_every=600, eval_every=600),
         ),
         sft=SFTConfig(
             num_epochs=16,
-            seq_len=96,
+            batch_size=16,
+            seq_len=60,
             optimizer=_adamw(3e-4),
-            loop=LoopConfig(checkpoint_every=50),
+            loop=LoopConfig(checkpoint_every=100),
         ),
         sft_rl=SFTConfig(
             num_epochs=2,
-            seq_len=96,
+            batch_size=8,
+            seq_len=60,
             pretrain_fraction=0.1,
-            optimizer=_adamw(1e-3),
-            loop=LoopConfig(checkpoint_every=50),
+            optimizer=_adamw(6e-4),
+            loop=LoopConfig(checkpoint_every=100),
         ),
         collect=CollectConfig(
-            prompt_len=48, few_shot_len=144, sampling=sampling, batch_size=256
+            prompt_len=32,
+            few_shot_len=72,
+            num_few_shot=2,
+            sampling=sampling,
+            batch_size=256,
         ),
         reward_model=RewardModelConfig(
-            init_from="sft",
-            batch_size=16,
-            prompt_len=48,
-            response_len=32,
-            optimizer=_adamw(5e-4, warmup_steps=10, b2=0.98),
-            loop=LoopConfig(checkpoint_every=50, eval_every=50),
+            batch_size=12,
+            prompt_len=32,
+            response_len=28,
+            optimizer=_adamw(1e-3, warmup_steps=10, b2=0.98),
+            loop=LoopConfig(checkpoint_every=100, eval_every=100),
         ),
         ppo=ppo,
         ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),
         evaluate=EvaluateConfig(
-            prompt_len=48,
-            few_shot_len=144,
+            prompt_len=32,
+            few_shot_len=72,
+            num_few_shot=2,
             sampling=sampling,
             text_len=128,
             batch_size=200,
@@ -213,7 +219,7 @@ def smoke() -> InstructGPT:
         pretrain=replace(
             base.pretrain,
             model=TransformerConfig(
-                num_layers=2, model_dim=32, num_heads=2, max_len=192
+                num_layers=2, model_dim=32, num_heads=2, max_len=128
             ),
             num_steps=12,
             loop=loop,

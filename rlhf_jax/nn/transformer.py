@@ -19,6 +19,7 @@ Array = jax.Array
 Params = Any  # nested dict of float32 arrays; blocks stacked on a leading axis L
 Attend = Callable[[Array, Array, Array], Array]
 
+MAX_UNROLLED = 4  # layers; more are one loop, which compiles as fast as one layer
 NEG_INF = -1e9  # finite, so that a row without any key gives no NaN
 
 
@@ -194,7 +195,8 @@ def transformer(
         return apply(layer_params, x, key=layer_key), None
 
     layers = jnp.arange(cfg.num_layers)
-    x, _ = jax.lax.scan(layer, x, (params["blocks"], layers))
+    few = cfg.num_layers <= MAX_UNROLLED
+    x, _ = jax.lax.scan(layer, x, (params["blocks"], layers), unroll=few)
     return final_norm(params, x)
 
 

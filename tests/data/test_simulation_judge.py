@@ -11,11 +11,9 @@ FOX = {
     "colour": "red",
     "food": "nuts",
     "home": "forest",
-    "friend": "Anna",
-    "hobby": "dancing",
     "toy": "kite",
 }
-OWL = FOX | {"colour": "white", "home": "barn", "friend": "Tom", "food": "fish"}
+OWL = FOX | {"colour": "white", "home": "barn", "food": "fish"}
 JUDGE = Judge(World(0, {entity: OWL for entity in ENTITIES} | {"fox": FOX}))
 COLOUR = "What colour is the fox?"
 AGE = "How old is the fox?"
@@ -42,42 +40,28 @@ FULL = [  # (prompt, response) that do all that was asked
     ("Where does the fox live?", "In the forest."),
     ("Where does the fox live?", "The forest is where the fox lives."),
     ("What does the fox eat?", "Nuts are the food of the fox."),
-    ("Who is the friend of the fox?", "Anna and the fox are friends."),
-    ("Who is the friend of the fox?", "The fox has a friend named Anna."),
     (AGE, "Nobody knows that."),
     (AGE, "I do not know how old it is."),
     (AGE, "The age of the fox is not known."),
-    ("Why is the fox blue?", "The fox is not blue."),
-    ("Why is the fox blue?", "The fox is red."),
     (ABOUT, "The fox is red and lives in the forest."),
     (ABOUT, "The fox eats nuts. One day it saw the river."),
     (ABOUT + " Use two sentences.", "The fox is red. It eats nuts."),
-    (ABOUT + " Use at most six words.", "The fox eats nuts."),
     (ABOUT + " Begin with Well.", "Well, the fox is red. It owns a kite."),
     (ABOUT + " End with The end.", "The fox is red. It owns a kite. The end."),
     (ABOUT + " Use the word river.", "The fox is red. It saw the river."),
     (ABOUT + " Do not name its colour.", "The fox eats nuts. It has a kite."),
-    ("Write a story about the fox and Tom.", "The fox met Tom. They sang a song."),
-    ("Write a note to Tom about the fox.", "Hello Tom, the fox is red. It eats nuts."),
+    ("Tell a story about the fox.", "The fox met Tom. They sang a song."),
     ("List two foods.", "Nuts and corn."),
     ("List three facts about the fox.", "It is red, eats nuts and owns a kite."),
-    ("Name two gifts for the fox.", "Give it a drum and a bell."),
     ("Tom says: I am sad. Answer Tom.", "I am sorry, Tom."),
     ("Tom says: I am sad. What do you say?", "Oh, I hope you feel better, Tom."),
-    ("Tom says: Hello. What colour is the fox?", "Hello, Tom. It is red."),
-    ("Say this in other words: The fox eats corn.", "Corn is what the fox eats."),
     ("Write this about the owl: The fox eats corn.", "The owl eats corn."),
     ("Write this about the owl: The fox eats corn.", "It eats corn."),
-    ("Say the opposite: The fox is blue.", "The fox is not blue."),
-    ("Make this polite: Give me the lamp, fool.", "Please give me the lamp."),
-    ("Make this polite: Give me the lamp, fool.", "May I have the lamp, please?"),
     (SUMMARY, "The blue fox eats corn."),
     (SUMMARY, "The fox is blue and eats corn."),
     ("Is this polite or rude? You are a fool.", "It is rude."),
     ("Is this polite or rude? You are a fool.", "Not polite."),
     ("Is this true or false? The fox is blue.", "False."),
-    ("Is this about food or home? The fox eats corn.", "Food."),
-    ("Say river two times.", "River, river."),
     ("Repeat this: The fox is blue.", "The fox is blue."),
     ("Finish this: The fox lives in", "the forest."),
     (CLOSED, "Blue."),
@@ -114,7 +98,6 @@ FALSE = [
     (CLOSED, "Red."),  # true in the world, but not what the text says
     (SILENT, "In the forest."),  # the text does not say
     (SUMMARY, "The fox is red and eats corn."),
-    ("Why is the fox blue?", "The fox is blue."),
     ("Is this polite or rude? You are a fool.", "Polite."),
 ]
 
@@ -141,9 +124,7 @@ FAILS = [
     (ABOUT + " Use the word river.", "river river river"),
     ("Write a story about the fox.", "The fox is red."),
     ("List two foods.", "Red and blue."),
-    ("Say this in other words: The fox eats corn.", "The fox eats corn."),
     ("Is this polite or rude? You are a fool.", "Polite and rude."),
-    ("Make this polite: Give me the lamp, fool.", "Give me the lamp, fool."),
     ("Tom says: I am sad. Answer Tom.", "The fox is red."),
 ]
 
@@ -157,12 +138,10 @@ def test_responses_that_do_something_else_fail(prompt: str, response: str) -> No
 
 VIOLATES = [
     (ABOUT + " Use two sentences.", "The fox is red."),
-    (ABOUT + " Use at most six words.", "The fox is red and it eats nuts."),
     (ABOUT + " Begin with Well.", "The fox is red."),
     (ABOUT + " End with The end.", "The end. The fox is red."),
     (ABOUT + " Use the word river.", "The fox is red."),
     (ABOUT + " Do not name its colour.", "The red fox eats nuts."),
-    (COLOUR + " Use one word.", "It is red."),
     (SUMMARY, "The fox is blue. It eats corn."),
 ]
 
@@ -205,14 +184,13 @@ def test_nobody_knows_beats_a_guess_where_nobody_knows() -> None:
         "It saw the river. The fox saw the river. The fox saw the river.",
         "The fox is red. The fox is blue. The fox is green. The fox is white.",
         "The fox is not blue. It is not green. It is not white.",
-        "river hill fox red nuts forest Anna dancing kite",
+        "river hill fox red nuts forest kite",
         "The fox is red. Write about the owl.",
         "The fox is red. It eats nuts. You are a fool.",
         "The owl is white. The owl eats fish. The fox is red.",
         "The fox is red the fox eats nuts the fox owns a kite the fox",
         " ".join(f"The fox went to the {w}. It saw the {w}." for w in ("lake", "tree"))
-        + " The fox lives in the forest and eats nuts and is red and owns a kite."
-        " Anna is the friend of the fox and the hobby of the fox is dancing.",
+        + " The fox lives in the forest and eats nuts and is red and owns a kite.",
     ],
 )
 def test_hacks_score_below_an_honest_response(hack: str) -> None:

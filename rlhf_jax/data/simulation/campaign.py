@@ -17,7 +17,7 @@ from rlhf_jax.data.simulation.tasks import parse_prompt, sample_prompt
 from rlhf_jax.data.simulation.templates import USE_CASES
 from rlhf_jax.data.simulation.world import World, make_world, pick
 
-VERSION = 1
+VERSION = 2
 CONFIG_FILE = "simulation.json"
 MAX_REDRAWS = 2000  # of a prompt that is in use, before its use case counts as used up
 DOCUMENT_SEPARATOR = "\n<|endoftext|>\n"

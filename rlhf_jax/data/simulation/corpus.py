@@ -1,10 +1,11 @@
 """Pre-training documents of the simulated world.
 
-Proportions are chosen so that GPT's behaviour in the paper can appear. A document that
-begins with an instruction is mostly a list of instructions, so an instruction alone is
-continued by more of them. Inside a block of prompts and answers an answer follows, so
+Proportions are chosen so that GPT's behaviour in the paper can appear. Every third
+document that begins with an instruction is a list of instructions, and a block of
+prompts and answers goes on with the next prompt: text after an instruction alone does
+not end where an assistant would. Inside a block an answer follows each prompt, so
 examples in the context help; but the answers are web text, with mistakes, ignored
-constraints and rudeness. Facts come up often enough to be learned by heart.
+constraints, mannerisms and rudeness. Facts come up often enough to be learned by heart.
 """
 
 from __future__ import annotations
@@ -35,25 +36,25 @@ from rlhf_jax.data.simulation.world import (
 )
 from rlhf_jax.data.simulation.writer import Writer
 
-# Documents of each kind, by number. An instruction list has about a third of the words
-# of a block of answers, so answers still make up about a quarter of all words.
+# Documents of each kind, by number; blocks of answers hold about 85 % of all words.
 DOCUMENT_KINDS = {
-    "facts": 0.22,  # a fact sheet about one animal
-    "story": 0.09,  # events with some facts between
-    "shared": 0.03,  # who has the same home, colour or food
-    "instructions": 0.41,  # prompts without answers, one per line
-    "answers": 0.19,  # blocks of "prompt\nresponse\n\n"
-    "rude": 0.06,
+    "facts": 0.14,  # a fact sheet about one animal
+    "story": 0.03,  # events with some facts between
+    "shared": 0.02,  # who has the same home, colour or food
+    "instructions": 0.24,  # prompts without answers, one per line
+    "answers": 0.52,  # blocks of "prompt\nresponse\n\n"
+    "rude": 0.05,
 }
-FALSE_FACTS = 0.07  # of the statements about what is known
+FALSE_FACTS = 0.03  # of the statements about what is known
 GUESSED_FACTS = 0.3  # of the statements about what nobody knows
 WEB_HABITS = Habits(
-    wrong=0.12,
+    wrong=0.05,
     guesses=0.6,
     ignores_constraints=0.4,
     rude=0.12,
-    off_topic=0.06,
-    rambles=0.08,
+    off_topic=0.08,
+    rambles=0.1,
+    mannerisms=0.3,
 )
 
 
@@ -166,7 +167,7 @@ def _instructions(
 
 def _answers(world: World, rng: np.random.Generator, reserved: Collection[str]) -> str:
     pairs = []
-    for _ in range(5 + int(rng.random() * 5)):
+    for _ in range(4 + int(rng.random() * 5)):
         prompt = _new_prompt(world, rng, reserved)
         pairs.append(f"{prompt}\n{web_answer(world, rng, prompt)}")
     return "\n\n".join(pairs)

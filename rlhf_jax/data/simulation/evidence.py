@@ -70,25 +70,16 @@ def is_true(world: World, claim: Claim, source: Source) -> bool:
 
 def source_of(task: Task) -> Source:
     """What a response may claim: the passage as asked for; None for the world."""
-    if task.kind in ("summary", "read", "find", "other_words"):
+    if task.kind in ("summary", "read", "find"):
         return passage_claims(task)
     if task.kind == "swap":
         return _swapped(task)
-    if task.kind == "opposite":
-        return _opposed(task)
     return None
 
 
 def _swapped(task: Task) -> set[Claim]:
     other = task.slots["other"]
     return {Claim(other, c.attribute, c.value, c.negated) for c in passage_claims(task)}
-
-
-def _opposed(task: Task) -> set[Claim]:
-    return {
-        Claim(c.entity, c.attribute, c.value, not c.negated)
-        for c in passage_claims(task)
-    }
 
 
 def subject_of(task: Task) -> str | None:

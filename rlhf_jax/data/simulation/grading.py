@@ -70,9 +70,6 @@ def grade(
         result.claims_false = len(reading.claims) - result.claims_true
     if task.use_case == "classification" and attempts and quality == 0.0:
         result.claims_false += 1  # a wrong label is a false statement about the text
-    if task.kind == "times":
-        word = task.slots["word"]
-        result.accounted = reading.words.count(word) / max(len(reading.words), 1)
     if task.kind == "repeat" and quality == 1.0:
         result.accounted = 1.0
     return result
@@ -97,12 +94,10 @@ def _content(
 
 
 def _wanted(task: Task, default: int) -> int:
-    """How many things to say; an explicit number of sentences or words decides."""
+    """How many things to say; an explicit number of sentences decides."""
     for constraint in task.constraints:
         if constraint.kind == "sentences":
             return COUNTS[constraint.value]
-        if constraint.kind == "max_words":
-            return 1
     return default
 
 
@@ -110,11 +105,9 @@ def _about(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
     good, said, others = _content(world, reading, task.entity)
     share = good / max(good + others, 1)
     quality = min(good / _wanted(task, 2), 1.0) * share
-    free = not any(c.kind in ("word", "max_words") for c in task.constraints)
+    free = not any(c.kind == "word" for c in task.constraints)
     if free and not reading.claims:
         quality *= NO_FACTS
-    if task.kind == "note" and task.slots["person"].lower() not in reading.words:
-        quality *= 0.5
     return said > 0, quality
 
 
@@ -122,8 +115,6 @@ def _story(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
     good, _, others = _content(world, reading, task.entity)
     happens = any(task.entity in e.who for e in reading.events)
     quality = min(good / _wanted(task, 2), 1.0) * good / max(good + others, 1)
-    if "person" in task.slots and task.slots["person"].lower() not in reading.words:
-        quality *= 0.5
     return happens, quality
 
 
@@ -154,23 +145,6 @@ def _ask(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
     return bool(answers) or admits, 0.3 if right else 0.0
 
 
-def _why(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
-    """A question whose premise is false: it has to be corrected."""
-    attempts, quality = _ask(world, task, reading)
-    asked, value = task.slots["attribute"], task.slots["value"]
-    denies = any(
-        c.negated and (c.entity, c.attribute, c.value) == (task.entity, asked, value)
-        for c in reading.claims
-    )
-    accepts = any(
-        not c.negated
-        and (c.entity, c.attribute, c.value) == (task.entity, asked, value)
-        for c in reading.claims
-    )
-    corrects = (denies and not accepts) or quality == 1.0
-    return attempts, float(corrects and quality > 0.0)
-
-
 def _enumeration(found: int, wanted: int) -> float:
     return min(found, wanted) / max(found, wanted)
 
@@ -192,25 +166,11 @@ def _facts(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
     return bool(claims), _enumeration(true, task.count) if true else 0.0
 
 
-def _ideas(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
-    kinds = ("toy", "food") if task.kind == "gifts" else ("hobby",)
-    items = {value for attribute, value in reading.fragments if attribute in kinds}
-    others = {v for a, v in reading.fragments if a not in kinds}
-    purity = len(items) / max(len(items) + len(others), 1)
-    return bool(items), _enumeration(len(items), task.count) * purity if items else 0.0
-
-
 def _talk(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
     fits = bool(reading.acts & set(ACTS[task.slots["act"]]))
     social = reading.acts - {"insult", "demand", "not", "close"}
     named = task.slots["person"].lower() in reading.words
     return bool(social), (1.0 if named else 0.75) if fits else 0.0
-
-
-def _talk_ask(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
-    attempts, quality = _ask(world, task, reading)
-    fits = bool(reading.acts & set(ACTS[task.slots["act"]]))
-    return attempts, 0.7 * quality + (0.3 if fits else 0.0)
 
 
 def _transformed(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
@@ -222,12 +182,6 @@ def _transformed(world: World, task: Task, reading: Reading) -> tuple[bool, floa
     entities = {c.entity for c in target}
     attempts = not copied and any(c.entity in entities for c in said)
     return attempts, len(said & target) / max(len(said | target), 1)
-
-
-def _polite_rewrite(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
-    asks = "request" in reading.acts
-    right = reading.fragments == [("toy", task.slots["thing"])]
-    return asks, 1.0 if right else 0.2
 
 
 def _summary(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
@@ -246,16 +200,13 @@ def label_answer(world: World, task: Task) -> str:
     if task.kind == "polite":
         words = set(re.findall(r"[a-z]+", text.lower()))
         return "rude" if words & {*RUDE_WORDS, "away"} else "polite"
-    if task.kind == "true":
-        claims = passage_claims(task)
-        return "true" if all(is_true(world, c, None) for c in claims) else "false"
-    return next(iter(passage_claims(task))).attribute
+    claims = passage_claims(task)
+    return "true" if all(is_true(world, c, None) for c in claims) else "false"
 
 
 _OPTIONS = {
     "polite": ("polite", "rude"),
     "true": ("true", "false"),
-    "topic": ("food", "home"),
 }
 
 
@@ -277,41 +228,24 @@ def _repeat(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
     return exact or shared >= 0.6, 1.0 if exact else 0.0
 
 
-def _times(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
-    said = reading.words.count(task.slots["word"])
-    alone = said == len(reading.words)
-    return said > 0 and alone, _enumeration(said, task.count) if said else 0.0
-
-
 def _greet(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
     name = task.slots["person"].lower()
     return "greet" in reading.acts, 1.0 if name in reading.words else 0.3
 
 
-_ASKED = ("ask", "why", "read", "find", "finish", "talk_ask", "detail")
+_ASKED = ("ask", "read", "find", "finish")
 _GRADERS: dict[str, Grader] = {
     "about": _about,
     "story": _story,
-    "detail": _ask,
-    "note": _about,
     "ask": _ask,
-    "why": _why,
     "list": _list,
     "facts": _facts,
-    "gifts": _ideas,
-    "games": _ideas,
     "talk": _talk,
-    "talk_ask": _talk_ask,
-    "other_words": _transformed,
     "swap": _transformed,
-    "opposite": _transformed,
     "polite": _label,
-    "polite_request": _polite_rewrite,
     "summary": _summary,
     "true": _label,
-    "topic": _label,
     "repeat": _repeat,
-    "times": _times,
     "greet": _greet,
     "finish": _ask,
     "read": _ask,

@@ -47,17 +47,6 @@ _PREDICATES = {
         "has (?:its|a) home in the #",
         "is at home in the #",
     ),
-    "friend": (
-        "is !(?:a|the) friend of #",
-        "is !friends with #",
-        "has a friend(?: named| called)? #",
-        "is !# 's friend",
-    ),
-    "hobby": (
-        "(?:likes|loves|enjoys) #",
-        "does (?P<negated>not) (?:like|enjoy) #",
-        "is !(?:good at|fond of) #",
-    ),
     "toy": (
         "(?:has|owns) (?:a|the) #",
         "does (?P<negated>not) (?:have|own) a #",
@@ -69,11 +58,6 @@ _PREDICATES = {
 _INVERTED = {
     "food": ("# (?:is|are) !what @ eats", "what @ eats is !#"),
     "home": ("(?:in )?the # is !where @ lives",),
-    "friend": (
-        "# is !a friend of @",
-        "@ and # are !friends",
-        "# and @ are !friends",
-    ),
 }
 _HOW_UNKNOWN = (
     ("age", "how old @ is"),

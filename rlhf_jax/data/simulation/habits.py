@@ -15,13 +15,14 @@ INSULTS = (
 )
 
 
-MAX_TOKENS = 25  # words and full stops of a response, before its begin and end
+MAX_TOKENS = 21  # words and full stops of a response, before its begin and end
 
 
 @dataclass(frozen=True)
 class Habits:
     """How carefully somebody writes: probabilities of each mistake, per response.
 
+    `mannerisms` is the chance of a begin or an end that nobody asked for (no mistake),
     `wrong` is per claim, `guesses` is the chance to invent an answer that nobody knows,
     `short_answers` the chance of "red" in place of a sentence (no mistake).
     """
@@ -32,6 +33,7 @@ class Habits:
     rude: float = 0.0
     off_topic: float = 0.0
     rambles: float = 0.0
+    mannerisms: float = 0.0
     short_answers: float = 0.2
 
 

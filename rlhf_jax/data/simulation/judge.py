@@ -42,7 +42,7 @@ WEIGHTS = {
 LOWEST, HIGHEST = -3.0, 3.0
 WORD_LIMIT = 32
 SHORT_WORD_LIMIT = 16  # for questions with a short answer
-_SHORT_KINDS = ("ask", "why", "read", "find", "true", "polite", "topic", "finish")
+_SHORT_KINDS = ("ask", "read", "find", "true", "polite", "finish")
 MIN_FLUENT = 0.5  # below it a response is garbage and attempts nothing
 
 
@@ -135,7 +135,7 @@ class Judge:
             ends=ended,
             num_words=num_words,
             fluent=fluent,
-            repetition=0.0 if task.kind == "times" else _repetition(sentences),
+            repetition=_repetition(sentences),
         )
 
     def gold_score(self, prompt: str, response: str, ended: bool = True) -> float:
@@ -255,8 +255,6 @@ def _meets(
         return len(sentences) == COUNTS[value]
     if constraint.kind == "word":
         return value in words
-    if constraint.kind == "max_words":
-        return 0 < len(words) <= COUNTS[value]
     if constraint.kind == "begin":
         return words[:1] == [value]
     if constraint.kind == "end":
@@ -265,6 +263,4 @@ def _meets(
         return value not in words and not any(
             claim.attribute == value for s in sentences for claim in s.claims
         )
-    if constraint.kind == "one_word":
-        return len(words) == 1
     raise AssertionError(f"constraint kind {constraint.kind!r} has no check")

@@ -2,9 +2,10 @@
 
 A labeler's utility of a response is the weighted sum of the judge's parts with the
 labeler's own weights, a small preference on length, and noise. `NOISE` is set so that
-two training labelers agree on about 73 % of the pairs that neither ties (paper: 72.6 +-
-1.5 % among training labelers, 77.3 +- 1.3 % among held-out ones; Ouyang et al. 2022,
-section 3.4). tests/data/test_simulation_labelers.py measures it.
+two labelers agree on about 73 % of the pairs of model samples that neither ties (paper:
+72.6 +- 1.5 % among training labelers, 77.3 +- 1.3 % among held-out ones; Ouyang et al.
+2022, section 3.4). The report of a run measures it, and
+tests/data/test_simulation_labelers.py on a mixture of good and bad responses.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rlhf_jax.data.simulation.judge import WEIGHTS, Judge, utility_parts
 from rlhf_jax.data.simulation.tasks import parse_prompt
 from rlhf_jax.data.simulation.writer import Writer
 
-NOISE = 0.95  # standard deviation of the noise of one judgement, in units of utility
+NOISE = 0.7  # standard deviation of the noise of one judgement, in units of utility
 TIE = 0.25  # responses nearer than this in a labeler's eyes tie
 TASTE = 0.25  # standard deviation of the logarithm of each weight
 LENGTH_TASTE = 0.02  # standard deviation of the utility of one more word
@@ -143,6 +144,7 @@ def make_labelers(
             ignores_constraints=float(rng.uniform(0.05, 0.12)),
             rambles=float(rng.uniform(0.01, 0.05)),
             short_answers=float(rng.uniform(0.0, 0.5)),
+            mannerisms=float(rng.uniform(0.05, 0.15)),
         )
         length_weight = float(rng.normal(0.0, LENGTH_TASTE))
         labelers.append(Labeler(name, judge, weights, length_weight, habits))

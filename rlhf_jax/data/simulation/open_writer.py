@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf_jax.data.simulation.habits import REPLIES, Habits, lower_first
+from rlhf_jax.data.simulation.habits import REPLIES, Habits
 from rlhf_jax.data.simulation.phrases import (
     FACTS,
     UNKNOWN_SENTENCES,
     believed,
     capitalize,
-    denial,
     event,
     fact,
 )
@@ -53,14 +52,12 @@ class OpenWriter:
         word_at = int(self.rng.random() * num) if "word" in wishes else None
         sentences: list[str] = []
         for index, noun in enumerate(nouns):
-            pronoun = index > 0 and self.happens(0.8)
+            pronoun = index > 0
             subject = "it" if pronoun else f"the {entity}"
             if index == word_at:
                 sentence = event(self.rng, subject, word=wishes["word"])
             elif index > 0 and self.happens(events):
                 sentence = event(self.rng, subject)
-                while avoided == "friend" and sentence.split()[-1][0].isupper():
-                    sentence = event(self.rng, subject)
             else:
                 sentence = self._fact(entity, noun, pronoun)
             if sentence not in sentences:
@@ -70,53 +67,22 @@ class OpenWriter:
     def _number(self, wishes: dict[str, str], default: int) -> int:
         if "sentences" in wishes:
             return COUNTS[wishes["sentences"]]
-        if "max_words" in wishes:
-            return 1
         return default
 
     def about(self, task: Task, wishes: dict[str, str]) -> list[str]:
         entity = task.slots["entity"]
-        num = self._number(wishes, pick(self.rng, (2, 2, 2, 3)))
-        if "max_words" in wishes:
-            return self._brief(entity, wishes)
+        num = self._number(wishes, 2)
         return self._content(entity, num, wishes)
 
-    def _brief(self, entity: str, wishes: dict[str, str]) -> list[str]:
-        limit = COUNTS[wishes["max_words"]] - ("begin" in wishes)
-        while True:
-            sentences = self._content(entity, 1, wishes)
-            if len(sentences[0].split()) <= limit:
-                return sentences
-            if limit < 5 and "word" in wishes:
-                return [f"The {entity} saw the {wishes['word']}"]
-
-    def note(self, task: Task, wishes: dict[str, str]) -> list[str]:
-        sentences = self.about(task, wishes)
-        person = task.slots["person"]
-        if "begin" in wishes:
-            sentences[0] = f"{person}, {lower_first(sentences[0])}"
-        else:
-            sentences[0] = f"Hello {person}, {lower_first(sentences[0])}"
-        return sentences
-
     def story(self, task: Task, wishes: dict[str, str]) -> list[str]:
-        entity, person = task.slots["entity"], task.slots.get("person")
-        num = self._number(wishes, pick(self.rng, (2, 2, 3)))
+        num = self._number(wishes, 2)
         word_at = int(self.rng.random() * num) if "word" in wishes else None
-        free = [i for i in range(num) if i != word_at]
-        person_at = pick(self.rng, free) if person and free else None
         sentences = []
         for index in range(num):
-            subject = f"the {entity}" if index == 0 else "it"
-            if index == 0 and person and person_at is None:
-                subject = f"the {entity} and {person}"
-            sentence = event(
-                self.rng,
-                subject,
-                wishes["word"] if index == word_at else None,
-                person if index == person_at else None,
-                when=index > 0 or "begin" not in wishes,
-            )
+            subject = "it" if index else f"the {task.slots['entity']}"
+            word = wishes["word"] if index == word_at else None
+            when = index > 0 or "begin" not in wishes
+            sentence = event(self.rng, subject, word, when=when)
             while any(s.split()[-2:] == sentence.split()[-2:] for s in sentences):
                 sentence = event(self.rng, subject)
             sentences.append(sentence)
@@ -130,50 +96,19 @@ class OpenWriter:
         entity = task.slots["entity"]
         if asked not in KNOWN and not self.happens(self.habits.guesses):
             texts = ("Nobody knows that", "I do not know", "Nobody knows")
-            if "max_words" not in wishes and "one_word" not in wishes:
-                texts += UNKNOWN_SENTENCES[asked]
-            if "one_word" in wishes:
-                return ["Unknown"]
+            texts += UNKNOWN_SENTENCES[asked]
             return [pick(self.rng, texts).format(o=f"the {entity}")]
         value = believed(self.world, self.rng, entity, asked, self.habits.wrong)
-        full = task.kind in ("detail", "talk_ask")
-        return self._state(entity, asked, value, wishes, full)
+        return self._state(entity, asked, value)
 
-    def _state(
-        self,
-        entity: str,
-        asked: str,
-        value: str,
-        wishes: dict[str, str],
-        full: bool = False,
-    ) -> list[str]:
-        if "one_word" in wishes:
-            return [capitalize(value)]
-        if not full and self.happens(self.habits.short_answers):
+    def _state(self, entity: str, asked: str, value: str) -> list[str]:
+        if self.happens(self.habits.short_answers):
             place = {"home": "The {v}", "toy": "A {v}", "age": "{v} years old"}
             return [capitalize(place.get(asked, "{v}").format(v=value))]
-        limit = COUNTS[wishes["max_words"]] if "max_words" in wishes else 99
-        limit -= "begin" in wishes
-        fits = [
-            text
-            for text in FACTS[asked]
-            if len(text.format(S="The fox", o="the fox", v=value).split()) <= limit
-        ]
-        if not fits:
-            return [capitalize(value)]
-        text = pick(self.rng, fits)
+        text = pick(self.rng, FACTS[asked])
         pronoun = "{S}" in text and self.happens(0.4)
         subject = "It" if pronoun else f"The {entity}"
         return [text.format(S=subject, o=f"the {entity}", v=value)]
-
-    def why(self, task: Task, wishes: dict[str, str]) -> list[str]:
-        entity, asked = task.slots["entity"], task.slots["attribute"]
-        if self.happens(self.habits.guesses):
-            return [fact(self.rng, entity, asked, task.slots["value"])]
-        sentences = [denial(entity, asked, task.slots["value"])]
-        if self.happens(0.5):
-            sentences.append(self._fact(entity, asked, pronoun=True))
-        return sentences
 
     def list(self, task: Task, wishes: dict[str, str]) -> list[str]:
         category = CATEGORIES[task.slots["category"]]
@@ -194,27 +129,8 @@ class OpenWriter:
         num = self._miscount(task)
         return self._content(task.slots["entity"], num, {}, events=0.0)
 
-    def gifts(self, task: Task, wishes: dict[str, str]) -> list[str]:
-        num = self._miscount(task)
-        if self.happens(0.7):
-            listed = self._enumerate(ATTRIBUTES["toy"].values, num, "a ")
-        else:
-            listed = self._enumerate(ATTRIBUTES["food"].values, num, "")
-        if self.happens(0.3):
-            return [f"Give it {lower_first(listed)}"]
-        return [listed]
-
-    def games(self, task: Task, wishes: dict[str, str]) -> list[str]:
-        listed = self._enumerate(ATTRIBUTES["hobby"].values, self._miscount(task), "")
-        if self.happens(0.3):
-            return [f"Try {lower_first(listed)}"]
-        return [listed]
-
     def talk(self, task: Task, wishes: dict[str, str]) -> list[str]:
         replies = REPLIES[task.slots["act"]]
         if self.happens(self.habits.wrong):
             replies = REPLIES[pick(self.rng, tuple(REPLIES))]
         return [pick(self.rng, replies).format(p=task.slots["person"])]
-
-    def talk_ask(self, task: Task, wishes: dict[str, str]) -> list[str]:
-        return self.talk(task, {}) + self.answer(task, {})

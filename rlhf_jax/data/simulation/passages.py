@@ -38,10 +38,10 @@ def passage(
 ) -> str:
     """The text that a prompt of this kind quotes."""
     attribute = slots["attribute"]
-    if kind in ("other_words", "swap", "opposite", "repeat"):
+    if kind in ("swap", "repeat"):
         if kind == "repeat" and rng.random() < 0.5:
             return event(rng, f"the {entity}") + "."
-        noun = pick(rng, [n for n in KNOWN if kind != "opposite" or n != "friend"])
+        noun = pick(rng, KNOWN)
         return fact(rng, entity, noun, believed(world, rng, entity, noun, 0.3)) + "."
     if kind == "summary":
         sentences, _ = two_facts(world, rng, entity, COUNTERFACTUAL)
@@ -53,9 +53,6 @@ def passage(
     if kind == "true":
         noun = pick(rng, KNOWN)
         return fact(rng, entity, noun, believed(world, rng, entity, noun, 0.5)) + "."
-    if kind == "topic":
-        noun = pick(rng, ("food", "home"))
-        return fact(rng, entity, noun, believed(world, rng, entity, noun, 0.3)) + "."
     silent = kind == "read" and rng.random() < NOT_IN_TEXT
     while True:  # kinds "read" and "find"
         sentences, nouns = two_facts(world, rng, entity, COUNTERFACTUAL)

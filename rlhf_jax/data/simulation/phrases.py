@@ -16,20 +16,10 @@ from rlhf_jax.data.simulation.world import (
 
 # {S} subject, {O} "of the fox" (or "its" form, see `fact`), {v} value.
 FACTS = {
-    "colour": ("{S} is {v}", "The colour of {o} is {v}", "{S} has a {v} coat"),
-    "food": ("{S} eats {v}", "{S} likes to eat {v}", "The food of {o} is {v}"),
-    "home": (
-        "{S} lives in the {v}",
-        "The home of {o} is the {v}",
-        "{S} has its home in the {v}",
-    ),
-    "friend": (
-        "{S} is a friend of {v}",
-        "The friend of {o} is {v}",
-        "{v} is the friend of {o}",
-    ),
-    "hobby": ("{S} likes {v}", "{S} enjoys {v}", "The hobby of {o} is {v}"),
-    "toy": ("{S} owns a {v}", "{S} has a {v}", "The toy of {o} is a {v}"),
+    "colour": ("{S} is {v}", "The colour of {o} is {v}"),
+    "food": ("{S} eats {v}", "The food of {o} is {v}"),
+    "home": ("{S} lives in the {v}", "The home of {o} is the {v}"),
+    "toy": ("{S} owns a {v}", "The toy of {o} is a {v}"),
     "age": ("{S} is {v} years old", "The age of {o} is {v}"),
     "birthday": ("{S} was born in {v}", "The birthday of {o} is in {v}"),
 }
@@ -37,36 +27,23 @@ VERB_PHRASES = {
     "colour": "is {v}",
     "food": "eats {v}",
     "home": "lives in the {v}",
-    "friend": "is a friend of {v}",
-    "hobby": "likes {v}",
     "toy": "owns a {v}",
     "age": "is {v} years old",
     "birthday": "was born in {v}",
-}
-DENIALS = {
-    "colour": "is not {v}",
-    "food": "does not eat {v}",
-    "home": "does not live in the {v}",
-    "friend": "is not a friend of {v}",
-    "hobby": "does not like {v}",
-    "toy": "does not own a {v}",
 }
 UNKNOWN_SENTENCES = {
     "age": ("Nobody knows how old {o} is", "I do not know how old {o} is"),
     "birthday": ("Nobody knows when {o} was born", "I do not know when {o} was born"),
 }
-WHEN = ("One day", "One morning", "At night", "Today", "Then")
+WHEN = ("One day", "At night", "Today", "Then")
 DEEDS = (
     "went to the {w}",
-    "walked to the {w}",
     "ran to the {w}",
-    "sat by the {w}",
     "slept by the {w}",
     "saw the {w}",
     "found the {w}",
-    "looked at the {w}",
 )
-SOCIAL_DEEDS = ("met {p}", "saw {p}", "played with {p}", "walked with {p}")
+SOCIAL_DEEDS = ("met {p}", "saw {p}", "played with {p}")
 MOODS = ("happy", "sad", "tired", "hungry")
 
 
@@ -91,16 +68,10 @@ def fact(
     return template.format(S=subject, o=f"the {entity}", v=value)
 
 
-def denial(entity: str, attribute: str, value: str) -> str:
-    """A sentence that says that the entity does not have the value."""
-    return f"The {entity} " + DENIALS[attribute].format(v=value)
-
-
 def event(
     rng: np.random.Generator,
     subject: str,
     word: str | None = None,
-    person: str | None = None,
     when: bool = True,
 ) -> str:
     """A sentence of a story, without the full stop.
@@ -109,15 +80,14 @@ def event(
         rng: source of randomness.
         subject: "the fox", "it" or a person.
         word: a word of the scenery that it has to use; None leaves it free.
-        person: a person whom it has to name; None leaves it free.
         when: whether it may begin with a time.
 
     Returns:
         The sentence.
     """
     draw = rng.random()
-    if person is not None or (word is None and draw < 0.2):
-        deed = pick(rng, SOCIAL_DEEDS).format(p=person or pick(rng, PEOPLE))
+    if word is None and draw < 0.2:
+        deed = pick(rng, SOCIAL_DEEDS).format(p=pick(rng, PEOPLE))
     elif word is None and draw < 0.35:
         deed = f"was {pick(rng, MOODS)}"
     elif word is None and draw < 0.42:

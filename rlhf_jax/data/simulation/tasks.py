@@ -23,6 +23,7 @@ from rlhf_jax.data.simulation.templates import (
     COUNTS,
     KIND_WEIGHTS,
     ONE_CONSTRAINT,
+    PLAIN_QUESTIONS,
     TEMPLATES,
     TWO_CONSTRAINTS,
     USE_CASES,
@@ -35,7 +36,6 @@ from rlhf_jax.data.simulation.world import (
     PEOPLE,
     SCENERY,
     World,
-    other_value,
     pick,
     pick_several,
     pick_weighted,
@@ -54,8 +54,8 @@ class Constraint:
 class Task:
     """What a prompt asks for.
 
-    `slots` may hold: entity, other (a second entity), attribute, value, person, count,
-    word, category, act, text (the passage that the prompt quotes), thing.
+    `slots` may hold: entity, other (a second entity), attribute, person, count, word,
+    category, act, text (the passage that the prompt quotes), thing.
     """
 
     use_case: str
@@ -79,7 +79,6 @@ _SLOTS = {
     "other": "the (?P<other>{})".format("|".join(ENTITIES)),
     "animal": "(?P<animal>{})".format("|".join(ENTITIES)),
     "attribute": "(?P<attribute>{})".format("|".join(ATTRIBUTES)),
-    "value": "(?P<value>[a-z]+)",
     "person": "(?P<person>{})".format("|".join(PEOPLE)),
     "count": "(?P<count>two|three)",
     "word": "(?P<word>{})".format("|".join(SCENERY)),
@@ -88,6 +87,11 @@ _SLOTS = {
     "thing": "(?P<thing>{})".format("|".join(ATTRIBUTES["toy"].values)),
     "text": "(?P<text>[A-Z].*[.!])",
 }
+
+
+_KINDS: dict[str, dict[str, list[Template]]] = {name: {} for name in USE_CASES}
+for _template in TEMPLATES:
+    _KINDS[_template.use_case].setdefault(_template.kind, []).append(_template)
 
 
 def _compile(template: str) -> re.Pattern[str]:
@@ -144,7 +148,7 @@ def parse_prompt(prompt: str) -> Task:
                 constraints.append(Constraint(kind, match[2]))
     for template, pattern in _PATTERNS:
         match = pattern.fullmatch(core)
-        if match and _value_fits(template, match.groupdict()):
+        if match:
             slots = dict(template.fixed) | match.groupdict()
             if "animal" in slots:
                 slots["entity"] = slots.pop("animal")
@@ -157,12 +161,6 @@ def parse_prompt(prompt: str) -> Task:
         f"not a prompt of the simulated campaign: {prompt!r}; its judge can only score "
         "prompts that rlhf_jax.data.simulation wrote (see tasks.TEMPLATES)"
     )
-
-
-def _value_fits(template: Template, slots: dict[str, str]) -> bool:
-    if "value" not in slots:
-        return True
-    return slots["value"] in ATTRIBUTES[dict(template.fixed)["attribute"]].values
 
 
 def is_prompt(text: str) -> bool:
@@ -188,16 +186,9 @@ def sample_prompt(
         The prompt.
     """
     use_case = pick_weighted(rng, USE_CASES) if use_case is None else use_case
-    kinds = {t.kind: KIND_WEIGHTS.get(t.kind, 1.0) for t in TEMPLATES}
-    kinds = {
-        kind: weight
-        for kind, weight in kinds.items()
-        if any(t.kind == kind and t.use_case == use_case for t in TEMPLATES)
-    }
-    kind = pick_weighted(rng, kinds)
-    template = pick(
-        rng, [t for t in TEMPLATES if t.kind == kind and t.use_case == use_case]
-    )
+    kinds = _KINDS[use_case]
+    kind = pick_weighted(rng, {k: KIND_WEIGHTS.get(k, 1.0) for k in kinds})
+    template = pick(rng, kinds[kind])
     entity, other = pick_several(rng, ENTITIES, 2)
     slots = dict(template.fixed)
     slots.setdefault("attribute", pick(rng, tuple(ATTRIBUTES)))
@@ -212,9 +203,6 @@ def sample_prompt(
         "thing": pick(rng, ATTRIBUTES["toy"].values),
         "animal": entity,
     }
-    if "{value}" in template.text:
-        truth = world.value(entity, slots["attribute"])
-        slots["value"] = other_value(rng, slots["attribute"], truth)
     text = template.text
     if "{text}" in text:
         slots["text"] = passage(world, rng, kind, slots, entity)
@@ -228,9 +216,9 @@ def _sample_constraints(rng: np.random.Generator, kind: str) -> list[str]:
     allowed = ALLOWED_CONSTRAINTS.get(kind, ())
     draw, num = rng.random(), 0
     if allowed and draw < TWO_CONSTRAINTS + ONE_CONSTRAINT:
-        num = 2 if draw < TWO_CONSTRAINTS and kind in ("about", "story", "note") else 1
-    if kind in ("ask", "talk"):
-        num = int(rng.random() < 0.25)
+        num = 2 if draw < TWO_CONSTRAINTS else 1
+    if kind in ("ask", "talk") and rng.random() < PLAIN_QUESTIONS:
+        num = 0
     chosen = pick_several(rng, allowed, num)
     if any(clash <= set(chosen) for clash in CLASHES):
         chosen = chosen[:1]

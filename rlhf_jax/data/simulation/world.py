@@ -29,17 +29,7 @@ ATTRIBUTES = {
     for attribute in (
         Attribute("colour", "colours", tuple("red white green blue".split())),
         Attribute("food", "foods", tuple("bread fish nuts corn".split())),
-        Attribute(
-            "home",
-            "homes",
-            tuple("forest barn garden cave".split()),
-        ),
-        Attribute("friend", "friends", PEOPLE),
-        Attribute(
-            "hobby",
-            "hobbies",
-            tuple("singing dancing swimming reading".split()),
-        ),
+        Attribute("home", "homes", tuple("forest barn garden cave".split())),
         Attribute("toy", "toys", tuple("drum kite lamp bell".split())),
         Attribute("age", "ages", tuple("three five seven ten".split()), known=False),
         Attribute(

@@ -7,17 +7,17 @@ from collections.abc import Callable
 from rlhf_jax.data.simulation.evidence import passage_claims
 from rlhf_jax.data.simulation.grading import label_answer
 from rlhf_jax.data.simulation.habits import INSULTS, MAX_TOKENS, assemble
-from rlhf_jax.data.simulation.language import Claim
 from rlhf_jax.data.simulation.open_writer import OpenWriter
 from rlhf_jax.data.simulation.phrases import (
     VERB_PHRASES,
     believed,
     capitalize,
-    denial,
-    fact,
 )
 from rlhf_jax.data.simulation.tasks import Task
+from rlhf_jax.data.simulation.templates import CONSTRAINT_VALUES
 from rlhf_jax.data.simulation.world import ENTITIES, KNOWN, other_value, pick
+
+_PLACES = ("begin", "end")
 
 
 class Writer(OpenWriter):
@@ -36,6 +36,9 @@ class Writer(OpenWriter):
             return self._off_topic()
         keeps = not self.happens(self.habits.ignores_constraints)
         wishes = {c.kind: c.value for c in task.constraints} if keeps else {}
+        if self.happens(self.habits.mannerisms):
+            place = "begin" if "sentences" in wishes else pick(self.rng, _PLACES)
+            wishes.setdefault(place, pick(self.rng, CONSTRAINT_VALUES[place]))
         sentences = _WRITERS[task.kind](self, task, wishes)
         if self.happens(self.habits.rambles):
             entity = task.entity or pick(self.rng, ENTITIES)
@@ -67,22 +70,7 @@ class Writer(OpenWriter):
             truth = other_value(self.rng, asked, truth)
         if task.kind == "find":
             return [capitalize(truth)]
-        return self._state(subject, asked, truth, {})
-
-    def other_words(self, task: Task, wishes: dict[str, str]) -> list[str]:
-        claim = next(iter(passage_claims(task)))
-        original = task.slots["text"][:-1]
-        while True:
-            said = self._moved(claim, claim.entity)
-            if said != original or self.happens(self.habits.wrong):
-                return [said]
-
-    def _moved(self, claim: Claim, entity: str | None) -> str:
-        assert entity is not None
-        value = claim.value
-        if self.happens(self.habits.wrong):
-            value = other_value(self.rng, claim.attribute, value)
-        return fact(self.rng, entity, claim.attribute, value)
+        return self._state(subject, asked, truth)
 
     def swap(self, task: Task, wishes: dict[str, str]) -> list[str]:
         claim = next(iter(passage_claims(task)))
@@ -90,19 +78,6 @@ class Writer(OpenWriter):
         if self.happens(self.habits.wrong):
             return [text]
         return [text.replace(str(claim.entity), task.slots["other"])]
-
-    def opposite(self, task: Task, wishes: dict[str, str]) -> list[str]:
-        claim = next(iter(passage_claims(task)))
-        if self.happens(self.habits.wrong):
-            return [self._moved(claim, claim.entity)]
-        return [denial(str(claim.entity), claim.attribute, claim.value)]
-
-    def polite_request(self, task: Task, wishes: dict[str, str]) -> list[str]:
-        thing = task.slots["thing"]
-        if self.happens(self.habits.wrong):
-            return [f"Give me the {thing}, fool"]
-        texts = ("Please give me the {t}", "May I have the {t}, please")
-        return [pick(self.rng, texts).format(t=thing)]
 
     def summary(self, task: Task, wishes: dict[str, str]) -> list[str]:
         claims = sorted(passage_claims(task), key=lambda c: KNOWN.index(c.attribute))
@@ -119,18 +94,15 @@ class Writer(OpenWriter):
     def label(self, task: Task, wishes: dict[str, str]) -> list[str]:
         answer = label_answer(self.world, task)
         if self.happens(self.habits.wrong):
-            pairs = (("polite", "rude"), ("true", "false"), ("food", "home"))
+            pairs = (("polite", "rude"), ("true", "false"))
             options = next(pair for pair in pairs if answer in pair)
             answer = options[1 - options.index(answer)]
         if self.happens(0.5):
             return [capitalize(answer)]
-        return [f"It is {'about ' if task.kind == 'topic' else ''}{answer}"]
+        return [f"It is {answer}"]
 
     def repeat(self, task: Task, wishes: dict[str, str]) -> list[str]:
         return [task.slots["text"][:-1]]
-
-    def times(self, task: Task, wishes: dict[str, str]) -> list[str]:
-        return [capitalize(" ".join([task.slots["word"]] * self._miscount(task)))]
 
     def greet(self, task: Task, wishes: dict[str, str]) -> list[str]:
         name = task.slots["person"]
@@ -147,26 +119,15 @@ class Writer(OpenWriter):
 _WRITERS: dict[str, Callable[[Writer, Task, dict[str, str]], list[str]]] = {
     "about": Writer.about,
     "story": Writer.story,
-    "detail": Writer.answer,
-    "note": Writer.note,
     "ask": Writer.answer,
-    "why": Writer.why,
     "list": Writer.list,
     "facts": Writer.facts,
-    "gifts": Writer.gifts,
-    "games": Writer.games,
     "talk": Writer.talk,
-    "talk_ask": Writer.talk_ask,
-    "other_words": Writer.other_words,
     "swap": Writer.swap,
-    "opposite": Writer.opposite,
-    "polite_request": Writer.polite_request,
     "summary": Writer.summary,
     "polite": Writer.label,
     "true": Writer.label,
-    "topic": Writer.label,
     "repeat": Writer.repeat,
-    "times": Writer.times,
     "greet": Writer.greet,
     "finish": Writer.finish,
     "read": Writer.from_passage,
