@@ -7,7 +7,7 @@ python -m experiments.instructgpt smoke --ppo.kl-coef 0.1
 Stages that are finished in --run are skipped; an interrupted one goes on where it was.
 """
 
-from experiments.presets import InstructGPT
+from experiments.config import InstructGPT
 from experiments.run import main
 from rlhf_jax.stages import (
     collect,

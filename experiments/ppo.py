@@ -3,7 +3,7 @@
 python -m experiments.ppo [preset] --run RUN [--data DIR]
 """
 
-from experiments.presets import InstructGPT
+from experiments.config import InstructGPT
 from experiments.run import main
 from rlhf_jax.stages import ppo_run
 from rlhf_jax.stages.common import Context

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import jax
 import tyro
 
-from experiments.presets import PRESETS, InstructGPT
+from experiments.config import InstructGPT
+from experiments.presets import PRESETS
 from rlhf_jax.data.inputs import Inputs, cache_dir
 from rlhf_jax.data.sources import DataError
 from rlhf_jax.stages.common import Context

@@ -7,7 +7,7 @@ is written to RUN/sft_selected.
 python -m experiments.sft [preset] --run RUN [--data DIR]
 """
 
-from experiments.presets import InstructGPT
+from experiments.config import InstructGPT
 from experiments.run import main
 from rlhf_jax.stages import sft
 from rlhf_jax.stages.common import Context

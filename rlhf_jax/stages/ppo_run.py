@@ -35,8 +35,10 @@ from rlhf_jax.training.mesh import jit_step, replicated, state_sharding
 from rlhf_jax.training.run_dir import write_text
 
 
-def make_inputs(cfg: PPOConfig, reference: Model, ctx: Context, name: str) -> Any:
-    """Step -> this process's rows of `PPOInputs`: prompts and pre-training text."""
+def make_inputs(
+    cfg: PPOConfig, reference: Model, ctx: Context, name: str
+) -> tuple[Any, int]:
+    """Step -> this process's rows of `PPOInputs`, and how many prompts are too long."""
     prompts = prompt_batches(
         ctx.inputs.read("ppo_prompts", "train"),  # type: ignore[arg-type]
         reference.tokenizer,
@@ -70,7 +72,7 @@ def make_inputs(cfg: PPOConfig, reference: Model, ctx: Context, name: str) -> An
             ptx_mask=ptx.weights > 0,
         )
 
-    return inputs
+    return inputs, prompts.num_dropped
 
 
 def make_state(
@@ -127,12 +129,13 @@ def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
         check_invariants(update, values, cfg, model.vocab_size, model.dtype)
         warn_of_trouble(update, values)
 
+    inputs, num_dropped = make_inputs(cfg, reference, ctx, name)
     state = run_loop(
         name=name,
         directory=stage.path,
         step_fn=lambda state, inputs: compiled(state, inputs, frozen, scalars),
         state=state,
-        batches=make_inputs(cfg, reference, ctx, name),
+        batches=inputs,
         num_steps=cfg.num_iterations,
         mesh=ctx.mesh,
         grads_like=grads_like,
@@ -143,7 +146,11 @@ def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
     )
     save_model(stage, dataclasses.replace(reference, params=state.ema))
     stage.finish(
-        {"num_iterations": cfg.num_iterations, "kl_coef": float(state.kl_coef)}
+        {
+            "num_iterations": cfg.num_iterations,
+            "num_dropped": num_dropped,
+            "kl_coef": float(state.kl_coef),
+        }
     )
 
 

@@ -72,7 +72,7 @@ class PPOConfig:
     whiten_rewards: bool = False
     """Scale rewards to variance 1 over the rollout, keeping their mean (Ziegler)."""
     missing_eos_score: float | None = None
-    """Replaces the score of a response that does not end (Ziegler, Stiennon: -1; not
+    """Replaces the score of a response that does not end (Ziegler: -1; not
     published by IG); None keeps the reward model's."""
     ema_decay: float = 0.992
     """Per optimizer step, of the averaged policy (IG: 0.992; whether per step or per

@@ -30,7 +30,7 @@ class SimulationConfig:
     seed: int = 0
     """Seed of the world, the labelers and every text."""
     num_documents: int = 10000
-    """Documents of the training corpus, about 42 words each."""
+    """Documents of the training corpus, about 80 words each."""
     num_valid_documents: int = 400
     """Documents held out to measure the pre-training loss."""
     num_demonstrations: int = 400

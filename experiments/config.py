@@ -1,0 +1,123 @@
+"""The configuration of a whole run."""
+
+import dataclasses
+from pathlib import Path
+
+from rlhf_jax.data.inputs import FilesConfig
+from rlhf_jax.data.simulation import SimulationConfig
+from rlhf_jax.data.sources import DataError
+from rlhf_jax.stages.collect import CollectConfig
+from rlhf_jax.stages.evaluate import EvaluateConfig
+from rlhf_jax.stages.ppo_state import PPOConfig
+from rlhf_jax.stages.pretrain import PretrainConfig, TokenizerConfig
+from rlhf_jax.stages.reward_model import RewardModelConfig
+from rlhf_jax.stages.sft import SFTConfig
+from rlhf_jax.training.mesh import MeshConfig
+
+REAL_FILES = FilesConfig(
+    corpus=("corpus/*.txt*",),
+    demonstrations=("demonstrations/alpaca5k_*.jsonl*",),
+    rankings=(
+        "rankings/alpacaeval_k9_train.jsonl*",
+        "rankings/alpacaeval_k9_valid.jsonl*",
+        "rankings/alpacaeval_k9_test.jsonl*",
+        "rankings/ukp_convarg1_train.jsonl*",
+        "rankings/ukp_convarg1_valid.jsonl*",
+        "rankings/ukp_convarg1_test.jsonl*",
+    ),
+    comparisons=(),
+    ppo_prompts=("prompts/alpaca5k_ppo.jsonl*",),
+    eval_prompts=("demonstrations/alpaca5k_test.jsonl*",),
+)
+"""Alpaca demonstrations and prompts, AlpacaEval (K = 9) and UKPConvArg1 (K = 6-8)
+rankings; what is marked evaluation-only (`_test`) is read by evaluations alone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InstructGPT:
+    """Text to a PPO-ptx policy and a report of what each stage changed."""
+
+    run: Path = Path("runs/instructgpt")
+    """Directory of the run; finished stages in it are skipped."""
+    data: Path | None = None
+    """Directory of text and JSON lines (README, "Your data"); None writes and uses the
+    embedded simulation."""
+    seed: int = 0
+    """Of everything random but the simulated world, which has `simulation.seed`."""
+    files: FilesConfig = FilesConfig()
+    """Which files of the data directory are what."""
+    simulation: SimulationConfig = SimulationConfig()
+    """The embedded simulation, where `data` is None."""
+    mesh: MeshConfig = MeshConfig()
+    """How devices are used."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The run's tokenizer."""
+    pretrain: PretrainConfig = PretrainConfig()
+    """Pre-training."""
+    sft: SFTConfig = SFTConfig()
+    """The SFT model (InstructGPT: 16 epochs, chosen by reward)."""
+    sft_rl: SFTConfig = SFTConfig(num_epochs=2, pretrain_fraction=0.1)
+    """The initialisation of PPO and its reference (InstructGPT: 2 epochs, 10 %
+    pre-training data)."""
+    collect: CollectConfig = CollectConfig()
+    """Collecting rankings."""
+    reward_model: RewardModelConfig = RewardModelConfig()
+    """The reward model."""
+    ppo: PPOConfig = PPOConfig()
+    """PPO."""
+    ppo_ptx: PPOConfig = PPOConfig(ptx_coef=27.8)
+    """PPO with pre-training gradients."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Held-out evaluation."""
+
+    def check(self, num_devices: int) -> None:
+        """Refuses what would only fail after earlier stages have run.
+
+        Raises:
+            DataError: if anything is longer than the model's context, or a batch cannot
+                be cut into its microbatches or dealt over the devices.
+        """
+        if self.data is None and self.files == REAL_FILES:
+            raise DataError("this preset reads files of yours: give --data DIR")
+        batches = {
+            "pretrain": (self.pretrain.batch_size, self.pretrain.num_microbatches),
+            "sft": (self.sft.batch_size, self.sft.num_microbatches),
+            "sft_rl": (
+                self.sft_rl.batch_size + self.sft_rl.num_pretrain_rows,
+                self.sft_rl.num_microbatches,
+            ),
+            "reward_model": (
+                self.reward_model.batch_size,
+                self.reward_model.num_microbatches,
+            ),
+            "ppo": (self.ppo.batch_size, 1),
+            "ppo_ptx": (self.ppo_ptx.batch_size, 1),
+        }
+        for name, (rows, parts) in batches.items():
+            if rows % parts or rows % num_devices:
+                raise DataError(
+                    f"{name}: batches of {rows} rows (pre-training rows included) must "
+                    f"be a multiple of num_microbatches {parts} and of the "
+                    f"{num_devices} devices; change {name}.batch-size"
+                )
+        context = self.pretrain.model.max_len
+        lengths = {
+            "pretrain.seq_len": self.pretrain.seq_len,
+            "sft.seq_len": self.sft.seq_len,
+            "sft_rl.seq_len": self.sft_rl.seq_len,
+            "reward_model.prompt_len + reward_model.response_len": (
+                self.reward_model.prompt_len + self.reward_model.response_len
+            ),
+        }
+        for name in ("collect", "ppo", "ppo_ptx", "evaluate"):
+            stage = getattr(self, name)
+            prompt = "few_shot_len" if hasattr(stage, "few_shot_len") else "prompt_len"
+            lengths[f"{name}.{prompt} + {name}.sampling.response_len"] = (
+                getattr(stage, prompt) + stage.sampling.response_len
+            )
+        for name, length in lengths.items():
+            if length > context:
+                raise DataError(
+                    f"{name} is {length} tokens, more than pretrain.model.max_len "
+                    f"{context}; make it shorter or raise max_len"
+                )

@@ -1,0 +1,45 @@
+"""Presets are consistent before anything runs, and hold the constants they name."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from experiments.presets import PRESETS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_fits_its_model_and_one_device(name: str) -> None:
+    dataclasses.replace(PRESETS[name][1], data=Path("data")).check(num_devices=1)
+
+
+def test_ziegler_makes_the_published_number_of_gradient_steps() -> None:
+    ppo = PRESETS["ziegler"][1].ppo
+    assert ppo.num_iterations == math.ceil(1_000_000 / ppo.batch_size) == 1954
+    steps = ppo.num_iterations * ppo.num_epochs * ppo.num_minibatches
+    assert steps == 7816  # the released code
+    assert (ppo.kl_coef, ppo.kl_target, ppo.sampling.temperature) == (0.15, 6.0, 0.7)
+    assert ppo.value == "shared" and ppo.missing_eos_score == -1.0
+
+
+def test_stiennon_has_a_value_model_and_a_fixed_coefficient() -> None:
+    ppo = PRESETS["stiennon"][1].ppo
+    assert (ppo.kl_coef, ppo.kl_target, ppo.value) == (0.05, None, "separate")
+    assert ppo.policy_optimizer.learning_rate == 1.5e-5
+    assert ppo.policy_optimizer.final_fraction == 0.0
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpt3-175b"])
+def test_ppo_defaults_are_instructgpts(name: str) -> None:
+    cfg = PRESETS[name][1]
+    for ppo in (cfg.ppo, cfg.ppo_ptx):
+        assert ppo.num_iterations * ppo.batch_size == 256_000
+        assert (ppo.num_epochs, ppo.num_minibatches, ppo.clip) == (1, 8, 0.2)
+        assert (ppo.kl_coef, ppo.ema_decay, ppo.sampling.temperature) == (
+            0.02,
+            0.992,
+            1.0,
+        )
+    assert (cfg.ppo.ptx_coef, cfg.ppo_ptx.ptx_coef) == (0.0, 27.8)
+    assert cfg.ppo_ptx.ptx_per_episode == 8
