@@ -31,11 +31,11 @@ def embedded() -> InstructGPT:
     sampling = Sampling(response_len=28)
     prompts = {"prompt_len": 32, "sampling": sampling}
     ppo = PPOConfig(
-        num_iterations=60,
+        num_iterations=40,
         batch_size=128,
         num_minibatches=8,
         policy_optimizer=_adamw(
-            1e-4, schedule="constant", warmup_steps=10, warmup_fraction=0.1
+            1.5e-4, schedule="constant", warmup_steps=10, warmup_fraction=0.1
         ),
         value_optimizer=_adamw(3e-4, schedule="constant"),
         kl_coef=0.1,
@@ -43,18 +43,18 @@ def embedded() -> InstructGPT:
         missing_eos_score=-3.0,
         ptx_len=64,
         eval_prompts=128,
-        loop=LoopConfig(checkpoint_every=10, eval_every=25),
+        loop=LoopConfig(checkpoint_every=10, eval_every=20),
         **prompts,
     )
     return InstructGPT(
         run=Path("runs/instructgpt"),
-        simulation=SimulationConfig(num_ranking_prompts=3600, num_ppo_prompts=1000),
+        simulation=SimulationConfig(num_ranking_prompts=3200, num_ppo_prompts=1000),
         tokenizer=TokenizerConfig(vocab_size=768),
         pretrain=PretrainConfig(
             model=TransformerConfig(
                 num_layers=2, model_dim=128, num_heads=4, max_len=128
             ),
-            num_steps=4200,
+            num_steps=3600,
             batch_size=8,
             seq_len=100,
             optimizer=_adamw(3e-3, warmup_steps=50, weight_decay=0.1, b2=0.98),
