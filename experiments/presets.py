@@ -193,7 +193,10 @@ def published() -> dict[str, tuple[str, InstructGPT]]:
 
 
 def ziegler() -> InstructGPT:
-    """The preset "gpu" with the PPO settings of Ziegler et al. 2019 (released code)."""
+    """The preset "gpu" with the PPO settings of Ziegler et al. 2019 (released code).
+
+    Its PPO-ptx keeps InstructGPT's settings, for there was none before.
+    """
     base = gpu()
     ppo = dataclasses.replace(
         base.ppo,
@@ -223,7 +226,8 @@ def ziegler() -> InstructGPT:
 def stiennon() -> InstructGPT:
     """The preset "gpu" with the PPO settings of Stiennon et al. 2020, its 1.3B model.
 
-    Minibatches, temperature and optimizer are not stated there: as in Ziegler's.
+    Minibatches, temperature, the rest of the optimizer and the score of a response
+    that does not end are not stated there: as in Ziegler's.
     """
     base = ziegler()
     ppo = dataclasses.replace(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.presets import PRESETS
+from rlhf_jax.data.simulation import write_campaign
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -43,3 +44,18 @@ def test_ppo_defaults_are_instructgpts(name: str) -> None:
         )
     assert (cfg.ppo.ptx_coef, cfg.ppo_ptx.ptx_coef) == (0.0, 27.8)
     assert cfg.ppo_ptx.ptx_per_episode == 8
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_grammar_has_prompts_enough_for_the_default_campaign(
+    seed: int, tmp_path: Path
+) -> None:
+    cfg = dataclasses.replace(
+        PRESETS["default"][1].simulation,
+        seed=seed,
+        num_documents=1,
+        num_valid_documents=1,
+    )
+    write_campaign(cfg, tmp_path)  # raises where a use case is used up
+    ranked = tmp_path / "prompts" / "simulation_rank_train.jsonl"
+    assert len(ranked.read_text().splitlines()) == cfg.num_ranking_prompts

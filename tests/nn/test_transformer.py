@@ -7,6 +7,7 @@ import numpy as np
 import oracle
 import pytest
 
+from rlhf_jax.nn import transformer as transformer_module
 from rlhf_jax.nn.heads import lm_logits
 from rlhf_jax.nn.transformer import (
     block,
@@ -345,3 +346,28 @@ def test_untrained_blocks_pass_the_stream_on_or_normalise_it(untrained):
     )
     np.testing.assert_allclose(np.mean(post, axis=-1), 0.0, atol=1e-5)
     assert float(jnp.max(jnp.abs(pre - x))) < 0.1 < float(jnp.max(jnp.abs(post - x)))
+
+
+def test_unrolled_layers_and_a_loop_over_layers_agree(monkeypatch, tiny, random_params):
+    cfg = tiny()
+    params = random_params(cfg)
+    tokens = np.random.default_rng(3).integers(0, cfg.vocab_size, (2, 5), np.int32)
+
+    def value_and_grad(max_unrolled):
+        monkeypatch.setattr(transformer_module, "MAX_UNROLLED", max_unrolled)
+
+        def loss(params):
+            return jnp.mean(jnp.sin(forward(params, tokens, cfg)))
+
+        (scan,) = (
+            e for e in jax.make_jaxpr(loss)(params).eqns if "scan" in str(e.primitive)
+        )
+        assert scan.params["unroll"] == (cfg.num_layers if max_unrolled else 1)
+        return jax.value_and_grad(loss)(params)
+
+    unrolled, looped = value_and_grad(cfg.num_layers), value_and_grad(0)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        unrolled,
+        looped,
+    )

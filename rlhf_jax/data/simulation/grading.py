@@ -93,18 +93,18 @@ def _content(
     return about, len(claims) + len(events), others
 
 
-def _wanted(task: Task, default: int) -> int:
-    """How many things to say; an explicit number of sentences decides."""
+def _wanted(task: Task) -> int:
+    """How many things to say: two, unless a number of sentences is asked for."""
     for constraint in task.constraints:
         if constraint.kind == "sentences":
             return COUNTS[constraint.value]
-    return default
+    return 2
 
 
 def _about(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
     good, said, others = _content(world, reading, task.entity)
     share = good / max(good + others, 1)
-    quality = min(good / _wanted(task, 2), 1.0) * share
+    quality = min(good / _wanted(task), 1.0) * share
     free = not any(c.kind == "word" for c in task.constraints)
     if free and not reading.claims:
         quality *= NO_FACTS
@@ -114,7 +114,7 @@ def _about(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
 def _story(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
     good, _, others = _content(world, reading, task.entity)
     happens = any(task.entity in e.who for e in reading.events)
-    quality = min(good / _wanted(task, 2), 1.0) * good / max(good + others, 1)
+    quality = min(good / _wanted(task), 1.0) * good / max(good + others, 1)
     return happens, quality
 
 
@@ -174,7 +174,7 @@ def _talk(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
 
 
 def _transformed(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
-    """Rewrites with one right content: the passage's claim, moved, denied or kept."""
+    """Rewrites with one right content: the passage's claim, moved to another."""
     target = source_of(task)
     assert target is not None
     copied = split_sentences(reading.text) == split_sentences(task.slots["text"])

@@ -64,18 +64,16 @@ class OpenWriter:
                 sentences.append(sentence)
         return sentences
 
-    def _number(self, wishes: dict[str, str], default: int) -> int:
-        if "sentences" in wishes:
-            return COUNTS[wishes["sentences"]]
-        return default
+    def _number(self, wishes: dict[str, str]) -> int:
+        return COUNTS[wishes.get("sentences", "two")]
 
     def about(self, task: Task, wishes: dict[str, str]) -> list[str]:
         entity = task.slots["entity"]
-        num = self._number(wishes, 2)
+        num = self._number(wishes)
         return self._content(entity, num, wishes)
 
     def story(self, task: Task, wishes: dict[str, str]) -> list[str]:
-        num = self._number(wishes, 2)
+        num = self._number(wishes)
         word_at = int(self.rng.random() * num) if "word" in wishes else None
         sentences = []
         for index in range(num):

@@ -54,8 +54,8 @@ class Constraint:
 class Task:
     """What a prompt asks for.
 
-    `slots` may hold: entity, other (a second entity), attribute, person, count, word,
-    category, act, text (the passage that the prompt quotes), thing.
+    `slots` may hold: entity, other (a second entity), attribute, person, count,
+    category, act, text (the passage that the prompt quotes).
     """
 
     use_case: str
@@ -81,10 +81,8 @@ _SLOTS = {
     "attribute": "(?P<attribute>{})".format("|".join(ATTRIBUTES)),
     "person": "(?P<person>{})".format("|".join(PEOPLE)),
     "count": "(?P<count>two|three)",
-    "word": "(?P<word>{})".format("|".join(SCENERY)),
     "category": "(?P<category>{})".format("|".join(CATEGORIES)),
     "act": "(?P<act>{})".format("|".join(ACTS)),
-    "thing": "(?P<thing>{})".format("|".join(ATTRIBUTES["toy"].values)),
     "text": "(?P<text>[A-Z].*[.!])",
 }
 

@@ -24,7 +24,7 @@ USE_CASES = {  # fractions of the prompts; Table 1
 }
 COUNTS = {"one": 1, "two": 2, "three": 3}
 
-TWO_CONSTRAINTS = 0.2  # of the generation prompts
+TWO_CONSTRAINTS = 0.2  # of the prompts that may have constraints
 ONE_CONSTRAINT = 0.5
 PLAIN_QUESTIONS = 0.65  # of the questions and the talk, whatever else is drawn
 
