@@ -65,7 +65,7 @@ def embedded() -> InstructGPT:
             batch_size=16,
             seq_len=60,
             optimizer=_adamw(3e-4),
-            loop=LoopConfig(checkpoint_every=100),
+            checkpoint_every=100,
         ),
         sft_rl=SFTConfig(
             num_epochs=2,
@@ -73,7 +73,7 @@ def embedded() -> InstructGPT:
             seq_len=60,
             pretrain_fraction=0.1,
             optimizer=_adamw(6e-4),
-            loop=LoopConfig(checkpoint_every=100),
+            checkpoint_every=100,
         ),
         collect=CollectConfig(
             prompt_len=32,
@@ -134,8 +134,8 @@ def smoke() -> InstructGPT:
             loop=loop,
             eval_batches=2,
         ),
-        sft=replace(base.sft, num_epochs=2, batch_size=16, loop=loop),
-        sft_rl=replace(base.sft_rl, num_epochs=2, batch_size=16, loop=loop),
+        sft=replace(base.sft, num_epochs=2, batch_size=16, checkpoint_every=2),
+        sft_rl=replace(base.sft_rl, num_epochs=2, batch_size=16, checkpoint_every=2),
         collect=replace(base.collect, batch_size=32),
         reward_model=replace(base.reward_model, loop=loop),
         ppo=ppo,
@@ -284,7 +284,7 @@ def cpu() -> InstructGPT:
             seq_len=192,
             dropout=0.1,
             optimizer=_adamw(3e-4),
-            loop=LoopConfig(checkpoint_every=100),
+            checkpoint_every=100,
         ),
         sft_rl=SFTConfig(
             num_epochs=2,
@@ -293,7 +293,7 @@ def cpu() -> InstructGPT:
             dropout=0.1,
             pretrain_fraction=0.1,
             optimizer=_adamw(5e-4),
-            loop=LoopConfig(checkpoint_every=100),
+            checkpoint_every=100,
         ),
         collect=CollectConfig(prompt_len=128, few_shot_len=384, sampling=sampling),
         reward_model=RewardModelConfig(

@@ -14,7 +14,12 @@ from rlhf_jax.data.sources import DataError, Demonstration, Ranking, read_rankin
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.common import Context, Model, check_compatible, load_model
 from rlhf_jax.stages.scoring import Response, Sampler, fitting
-from rlhf_jax.training.run_dir import write_text
+from rlhf_jax.training.run_dir import (
+    RunDirError,
+    StageDir,
+    file_hash,
+    write_text,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +43,8 @@ class CollectConfig:
     batch_size: int = 128
     """Prompts sampled at a time."""
     ranked: Path | None = None
-    """Your labelers' rankings of RUN/collect/to_rank_train.jsonl, where nobody is
-    simulated: the same lines with `ranks` filled in."""
+    """Your labelers' rankings, where nobody is simulated: one file with the lines of
+    RUN/collect/to_rank_train.jsonl and to_rank_valid.jsonl and `ranks` filled in."""
 
     def __post_init__(self):
         if not 2 <= self.min_responses <= self.max_responses:
@@ -144,6 +149,7 @@ def run(cfg: CollectConfig, ctx: Context) -> None:
     described = dataclasses.replace(cfg, ranked=None)
     stage.open("collect", (described, ctx.seed), sources, parents)
     if stage.done:
+        _check_ranked(cfg, stage)
         return
     names = {"gpt_few_shot": "pretrain", "sft": "sft", "sft_rl": "sft_rl"}
     models = {
@@ -210,13 +216,19 @@ def _take_ranked(cfg: CollectConfig, path: Path) -> dict[str, Any]:
     if cfg.ranked is None:
         raise DataError(
             f"{path / 'to_rank_train.jsonl'}: nobody has ranked these responses yet. "
-            "Copy the file, give each line a list `ranks` (1 best, equal numbers tie) "
-            "and optionally a `labeler`, and run the command again with "
-            "--collect.ranked FILE"
+            "Put its lines and those of to_rank_valid.jsonl into one file, give each a "
+            "list `ranks` (1 best, equal numbers tie) and optionally a `labeler`, and "
+            "run the command again with --collect.ranked FILE"
         )
     rankings: list[Ranking] = list(read_rankings(cfg.ranked))
-    prompts = sorted({r.prompt for r in rankings})
-    held_out = set(prompts[::10])
+    text = (path / "to_rank_valid.jsonl").read_text()
+    held_out = {json.loads(line)["prompt"] for line in text.splitlines()}
+    for split in ("train", "valid"):
+        if not any((r.prompt in held_out) == (split == "valid") for r in rankings):
+            raise DataError(
+                f"{cfg.ranked}: ranks no prompt of {path / f'to_rank_{split}.jsonl'}; "
+                "rank some of its lines too (train: to learn from, valid: to measure)"
+            )
     for split in ("train", "valid"):
         lines = [
             {
@@ -230,7 +242,21 @@ def _take_ranked(cfg: CollectConfig, path: Path) -> dict[str, Any]:
             if (r.prompt in held_out) == (split == "valid")
         ]
         _write_lines(path / f"rankings_{split}.jsonl", lines)
-    return {"num_rankings": len(rankings)}
+    return {
+        "num_rankings": len(rankings),
+        "ranked": file_hash(cfg.ranked),
+    }
+
+
+def _check_ranked(cfg: CollectConfig, stage: StageDir) -> None:
+    """Refuses a file of rankings other than the one that the stage has taken."""
+    taken = stage.summary().get("ranked")
+    if cfg.ranked is not None and file_hash(cfg.ranked) != taken:
+        raise RunDirError(
+            f"{cfg.ranked}: the finished stage {stage.path} was made from other "
+            "rankings; use another --run, or delete that folder and those of later "
+            "stages"
+        )
 
 
 def _write_lines(path: Path, lines: Sequence[Any]) -> None:

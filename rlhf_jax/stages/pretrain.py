@@ -22,6 +22,7 @@ from rlhf_jax.stages.common import Context, Model, init_model, save_model
 from rlhf_jax.training.loop import LoopConfig, run_loop
 from rlhf_jax.training.mesh import jit_step, shard_batch, state_sharding
 from rlhf_jax.training.optimizers import OptimizerConfig
+from rlhf_jax.training.run_dir import file_hash
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
 
@@ -157,7 +158,11 @@ def run(cfg: PretrainConfig, tokenizer_cfg: TokenizerConfig, ctx: Context) -> No
     """
     stage = ctx.stage("pretrain")
     sources = ctx.inputs.fingerprint(("corpus", "train"), ("corpus", "valid"))
-    stage.open("pretrain", (cfg, tokenizer_cfg, ctx.seed), sources, {})
+    if tokenizer_cfg.model is not None:  # known by its content, wherever it lies
+        Tokenizer.load(tokenizer_cfg.model)
+        sources["tokenizer"] = file_hash(tokenizer_cfg.model)
+    described = dataclasses.replace(tokenizer_cfg, model=None)
+    stage.open("pretrain", (cfg, described, ctx.seed), sources, {})
     if stage.done:
         return
     tokenizer = get_tokenizer(tokenizer_cfg, ctx)

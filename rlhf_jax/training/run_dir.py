@@ -26,6 +26,11 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, 16 hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 def to_json(value: Any) -> Any:
     """A config (dataclasses, paths, tuples) as plain JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -113,7 +118,7 @@ class StageDir:
 
     def fingerprint(self) -> str:
         """Hash of everything the stage was made from, its parents included."""
-        return hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()[:16]
+        return file_hash(self.path / "config.json")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Marks the stage as finished, with what it measured."""

@@ -15,6 +15,7 @@ from rlhf_jax.stages.collect import CollectConfig, cut_few_shot, sample_response
 from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.scoring import Response
 from rlhf_jax.training.mesh import MeshConfig
+from rlhf_jax.training.run_dir import RunDirError, StageDir, file_hash
 
 FORM = PromptFormat(prefix="", suffix=":", separator=";")
 ALPHABET = "_abcdefghi:; "
@@ -131,8 +132,14 @@ def test_without_labelers_the_way_to_hand_rankings_in_is_told(tmp_path):
     assert "`ranks`" in text and "--collect.ranked FILE" in text
 
 
-def test_rankings_of_people_are_split_by_prompt(tmp_path):
+def _ask(path, prompts):
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+
+
+def test_rankings_of_people_are_split_as_they_were_asked(tmp_path):
+    """A prompt that was held out when responses were drawn stays held out."""
     file = tmp_path / "ranked.jsonl"
+    _ask(tmp_path / "to_rank_valid.jsonl", ["p3", "p11", "p12"])
     lines = [
         {
             "prompt": f"p{n // 2}",
@@ -145,7 +152,7 @@ def test_rankings_of_people_are_split_by_prompt(tmp_path):
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     counts = collect._take_ranked(CollectConfig(ranked=file), tmp_path)
-    assert counts == {"num_rankings": 40}
+    assert counts == {"num_rankings": 40, "ranked": file_hash(file)}
     parts = {
         split: [
             json.loads(line)
@@ -153,7 +160,29 @@ def test_rankings_of_people_are_split_by_prompt(tmp_path):
         ]
         for split in ("train", "valid")
     }
-    assert len(parts["train"]) == 36 and len(parts["valid"]) == 4
-    prompts = [{line["prompt"] for line in part} for part in parts.values()]
-    assert not prompts[0] & prompts[1]
+    assert len(parts["train"]) == 34
+    assert {line["prompt"] for line in parts["valid"]} == {"p3", "p11", "p12"}
     assert all(line in lines for part in parts.values() for line in part)
+
+
+@pytest.mark.parametrize("asked", [[], ["p0"]])
+def test_rankings_of_people_for_one_split_only_are_refused(tmp_path, asked):
+    file = tmp_path / "ranked.jsonl"
+    line = {"prompt": "p0", "responses": ["a", "b"], "ranks": [2, 1]}
+    file.write_text(json.dumps(line) + "\n")
+    _ask(tmp_path / "to_rank_valid.jsonl", asked)
+    split = "train" if asked else "valid"
+    with pytest.raises(DataError, match=f"ranks no prompt of .*to_rank_{split}.jsonl"):
+        collect._take_ranked(CollectConfig(ranked=file), tmp_path)
+
+
+def test_other_rankings_than_those_taken_are_refused(tmp_path):
+    """A finished stage must not silently ignore a file that it never read."""
+    stage, file = StageDir(tmp_path / "collect"), tmp_path / "ranked.jsonl"
+    file.write_text("first")
+    stage.finish({"ranked": file_hash(file)})
+    collect._check_ranked(CollectConfig(ranked=file), stage)
+    collect._check_ranked(CollectConfig(), stage)
+    file.write_text("second")
+    with pytest.raises(RunDirError, match="made from other rankings"):
+        collect._check_ranked(CollectConfig(ranked=file), stage)
