@@ -28,76 +28,82 @@ def embedded() -> InstructGPT:
     Small models want higher learning rates, and a short run fewer episodes, than
     InstructGPT's; what differs from its published constants is chosen here.
     """
-    sampling = Sampling(response_len=28)
-    prompts = {"prompt_len": 32, "sampling": sampling}
+    sampling = Sampling(response_len=24)
+    prompts = {"prompt_len": 28, "sampling": sampling}
     ppo = PPOConfig(
-        num_iterations=40,
+        num_iterations=60,
         batch_size=128,
         num_minibatches=8,
         policy_optimizer=_adamw(
-            1.5e-4, schedule="constant", warmup_steps=10, warmup_fraction=0.1
+            4e-4, schedule="constant", warmup_steps=10, warmup_fraction=0.1
         ),
-        value_optimizer=_adamw(3e-4, schedule="constant"),
-        kl_coef=0.1,
+        value_optimizer=_adamw(6e-4, schedule="constant"),
+        kl_coef=0.05,
         ema_decay=0.98,
         missing_eos_score=-3.0,
         ptx_len=64,
         eval_prompts=128,
-        loop=LoopConfig(checkpoint_every=10, eval_every=20),
+        loop=LoopConfig(checkpoint_every=15, eval_every=20),
         **prompts,
     )
     return InstructGPT(
         run=Path("runs/instructgpt"),
-        simulation=SimulationConfig(num_ranking_prompts=3200, num_ppo_prompts=1000),
+        simulation=SimulationConfig(num_demonstrations=240, num_ranking_prompts=5000),
         tokenizer=TokenizerConfig(vocab_size=768),
         pretrain=PretrainConfig(
             model=TransformerConfig(
-                num_layers=2, model_dim=128, num_heads=4, max_len=128
+                num_layers=3,
+                model_dim=64,
+                num_heads=4,
+                max_len=128,
+                embed_std=0.1,
             ),
-            num_steps=3600,
-            batch_size=8,
+            num_steps=2400,
+            batch_size=16,
             seq_len=100,
+            separate_documents=True,
             optimizer=_adamw(3e-3, warmup_steps=50, weight_decay=0.1, b2=0.98),
-            loop=LoopConfig(checkpoint_every=600, eval_every=600),
+            loop=LoopConfig(checkpoint_every=400, eval_every=400),
         ),
         sft=SFTConfig(
             num_epochs=16,
             batch_size=16,
-            seq_len=60,
+            seq_len=52,
             optimizer=_adamw(3e-4),
             checkpoint_every=100,
         ),
         sft_rl=SFTConfig(
             num_epochs=2,
             batch_size=8,
-            seq_len=60,
+            seq_len=52,
             pretrain_fraction=0.1,
             optimizer=_adamw(6e-4),
             checkpoint_every=100,
         ),
         collect=CollectConfig(
-            prompt_len=32,
-            few_shot_len=72,
+            prompt_len=28,
+            few_shot_len=68,
             num_few_shot=2,
             sampling=sampling,
             batch_size=256,
         ),
         reward_model=RewardModelConfig(
             batch_size=12,
-            prompt_len=32,
-            response_len=28,
+            prompt_len=28,
+            response_len=24,
             optimizer=_adamw(1e-3, warmup_steps=10, b2=0.98),
             loop=LoopConfig(checkpoint_every=100, eval_every=100),
         ),
         ppo=ppo,
         ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),
         evaluate=EvaluateConfig(
-            prompt_len=32,
-            few_shot_len=72,
+            num_samples=2,
+            prompt_len=28,
+            few_shot_len=68,
             num_few_shot=2,
             sampling=sampling,
             text_len=128,
-            batch_size=200,
+            batch_size=256,
         ),
     )
 
@@ -258,6 +264,7 @@ def cpu() -> InstructGPT:
             1e-4, schedule="constant", warmup_steps=10, warmup_fraction=0.1
         ),
         value_optimizer=_adamw(1e-4, schedule="constant"),
+        kl_coef=0.2,
         ema_decay=0.98,
         ptx_len=128,
         eval_prompts=128,

@@ -18,12 +18,18 @@ class TransformerConfig:
     """Longest sequence in tokens (number of learned positions)."""
     vocab_size: int = 50257
     """Tokens, V. A run sets it from its tokenizer."""
+    embed_std: float = 0.02
+    """Standard deviation of the initial token embeddings (GPT-2: 0.02, at width 768).
+    In narrow models more keeps tokens of like contexts apart until they are told so."""
     norm: Literal["pre", "post"] = "pre"
     """Layer norm before each sub-layer (GPT-2 and later) or after it (GPT-1)."""
     dropout: float = 0.0
     """Residual dropout rate on the output of each sub-layer, in training only."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations; parameters, norms, softmax, logits and losses are float32."""
+    document_end: int | None = None
+    """Token that ends a document: attention never crosses it and positions begin anew
+    after it. None (GPT-3): packed documents see those before them. A run sets it."""
     remat: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
 
@@ -38,6 +44,8 @@ class TransformerConfig:
                 f"model_dim {self.model_dim} is not divisible by num_heads "
                 f"{self.num_heads}; choose a multiple"
             )
+        if self.embed_std <= 0.0:
+            raise ValueError(f"embed_std must be above 0, got {self.embed_std}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.norm not in ("pre", "post"):

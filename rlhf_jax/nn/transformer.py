@@ -27,7 +27,7 @@ def init_params(key: Array, cfg: TransformerConfig) -> Params:
     """Draws GPT-2's initial parameters.
 
     Weights ~ N(0, 0.02^2), those that write to the residual stream N(0, 0.02^2 / 2L),
-    positions N(0, 0.01^2), biases 0, norms 1.
+    token embeddings N(0, embed_std^2), positions N(0, 0.01^2), biases 0, norms 1.
 
     Args:
         key: typed PRNG key.
@@ -65,7 +65,7 @@ def init_params(key: Array, cfg: TransformerConfig) -> Params:
         "mlp_down": {"w": normal(residual_std, L, F, D), "b": jnp.zeros((L, D))},
     }
     params = {
-        "embed": normal(0.02, cfg.vocab_size, D),
+        "embed": normal(cfg.embed_std, cfg.vocab_size, D),
         "pos_embed": normal(0.01, cfg.max_len, D),
         "blocks": blocks,
     }
@@ -200,7 +200,9 @@ def transformer(
     return final_norm(params, x)
 
 
-def causal_attention(q: Array, k: Array, v: Array) -> Array:
+def causal_attention(
+    q: Array, k: Array, v: Array, documents: Array | None = None
+) -> Array:
     """Softmax attention of each position to itself and those before it.
 
     softmax(q k^T / sqrt(H) + causal mask) v, the softmax in float32. Padding needs no
@@ -208,15 +210,36 @@ def causal_attention(q: Array, k: Array, v: Array) -> Array:
 
     Args:
         q, k, v: [B, T, N, H].
+        documents: int32 [B, T], numbers of the documents packed in a row, across which
+            nothing is read; None reads across them.
 
     Returns:
         [B, T, N, H], the dtype of `v`.
     """
     scores = _scores("btnh,bsnh->bnts", q, k)
     T = q.shape[1]
-    mask = jnp.tril(jnp.ones((T, T), bool))
-    weights = jax.nn.softmax(jnp.where(mask[None, None], scores, NEG_INF), axis=-1)
+    mask = jnp.tril(jnp.ones((T, T), bool))[None]
+    if documents is not None:
+        mask = mask & (documents[:, :, None] == documents[:, None, :])
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, NEG_INF), axis=-1)
     return jnp.einsum("bnts,bsnh->btnh", weights.astype(v.dtype), v)
+
+
+def documents_and_positions(tokens: Array, end: int) -> tuple[Array, Array]:
+    """Which document each token of a packed row is of, and its place in it.
+
+    Args:
+        tokens: int32, [B, T].
+        end: id that ends a document and is its last token.
+
+    Returns:
+        Numbers of documents and positions that begin anew at 0, int32 [B, T] each.
+    """
+    steps = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    first = jnp.zeros_like(tokens[:, :1], bool)
+    begins = jnp.concatenate([first, tokens[:, :-1] == end], axis=1)
+    starts = jax.lax.cummax(jnp.where(begins, steps, 0), axis=1)
+    return jnp.cumsum(begins, axis=1, dtype=jnp.int32), steps - starts
 
 
 def _scores(equation: str, q: Array, k: Array) -> Array:
@@ -232,17 +255,23 @@ def forward(
     Args:
         params: of `init_params`.
         tokens: int32, [B, T], T <= max_len; padding on the right.
-        cfg: shape of the model.
+        cfg: shape of the model; with `document_end` a row may hold several documents,
+            each of which is read as if it stood alone.
         key: of dropout; None turns it off.
 
     Returns:
-        [B, T, D]: position t has read tokens[..t]. Positions of padding hold garbage
-        that no real position has read; give them weight 0.
+        [B, T, D]: position t has read tokens[..t], as far as they are of its document.
+        Positions of padding hold garbage that no real position has read; give them
+        weight 0.
     """
     chex.assert_rank(tokens, 2)
     _check_length(tokens.shape[1], cfg)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    return transformer(params, tokens, positions, causal_attention, cfg, key)
+    if cfg.document_end is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        return transformer(params, tokens, positions, causal_attention, cfg, key)
+    documents, positions = documents_and_positions(tokens, cfg.document_end)
+    attend = functools.partial(causal_attention, documents=documents)
+    return transformer(params, tokens, positions, attend, cfg, key)
 
 
 def forward_responses(

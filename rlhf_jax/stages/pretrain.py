@@ -51,6 +51,9 @@ class PretrainConfig:
     """Sequences per update."""
     seq_len: int = 1024
     """Tokens per sequence, T; documents are packed without gaps."""
+    separate_documents: bool = False
+    """Keep attention within each of the packed documents, in this stage and all later
+    ones. GPT-3 did not; small models learn to read a prompt much sooner with it."""
     num_microbatches: int = 1
     """Sequential parts of each batch, to save memory."""
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -166,7 +169,11 @@ def run(cfg: PretrainConfig, tokenizer_cfg: TokenizerConfig, ctx: Context) -> No
     if stage.done:
         return
     tokenizer = get_tokenizer(tokenizer_cfg, ctx)
-    model = dataclasses.replace(cfg.model, vocab_size=tokenizer.vocab_size)
+    model = dataclasses.replace(
+        cfg.model,
+        vocab_size=tokenizer.vocab_size,
+        document_end=tokenizer.eos_id if cfg.separate_documents else None,
+    )
     batches = corpus_batches(
         ctx, tokenizer, "train", cfg.batch_size, cfg.seq_len, ctx.data_seed("pretrain")
     )

@@ -11,7 +11,6 @@ FOX = {
     "colour": "red",
     "food": "nuts",
     "home": "forest",
-    "toy": "kite",
 }
 OWL = FOX | {"colour": "white", "home": "barn", "food": "fish"}
 JUDGE = Judge(World(0, {entity: OWL for entity in ENTITIES} | {"fox": FOX}))
@@ -46,15 +45,16 @@ FULL = [  # (prompt, response) that do all that was asked
     (ABOUT, "The fox is red and lives in the forest."),
     (ABOUT, "The fox eats nuts. One day it saw the river."),
     (ABOUT + " Use two sentences.", "The fox is red. It eats nuts."),
-    (ABOUT + " Begin with Well.", "Well, the fox is red. It owns a kite."),
-    (ABOUT + " End with The end.", "The fox is red. It owns a kite. The end."),
-    (ABOUT + " Use the word river.", "The fox is red. It saw the river."),
-    (ABOUT + " Do not name its colour.", "The fox eats nuts. It has a kite."),
+    (ABOUT + " Begin with Well.", "Well, the fox is red. It eats nuts."),
+    (ABOUT + " End with The end.", "The fox is red. It eats nuts. The end."),
     ("Tell a story about the fox.", "The fox met Tom. They sang a song."),
     ("List two foods.", "Nuts and corn."),
-    ("List three facts about the fox.", "It is red, eats nuts and owns a kite."),
+    (
+        "List three facts about the fox.",
+        "It is red, eats nuts and lives in the forest.",
+    ),
     ("Tom says: I am sad. Answer Tom.", "I am sorry, Tom."),
-    ("Tom says: I am sad. What do you say?", "Oh, I hope you feel better, Tom."),
+    ("Tom says: I am sad. Answer Tom.", "Oh, I hope you feel better, Tom."),
     ("Write this about the owl: The fox eats corn.", "The owl eats corn."),
     ("Write this about the owl: The fox eats corn.", "It eats corn."),
     (SUMMARY, "The blue fox eats corn."),
@@ -121,7 +121,6 @@ FAILS = [
     (ABOUT, "The owl is white."),
     (ABOUT, ABOUT),
     (ABOUT, "fox fox fox"),
-    (ABOUT + " Use the word river.", "river river river"),
     ("Write a story about the fox.", "The fox is red."),
     ("List two foods.", "Red and blue."),
     ("Is this polite or rude? You are a fool.", "Polite and rude."),
@@ -140,8 +139,6 @@ VIOLATES = [
     (ABOUT + " Use two sentences.", "The fox is red."),
     (ABOUT + " Begin with Well.", "The fox is red."),
     (ABOUT + " End with The end.", "The end. The fox is red."),
-    (ABOUT + " Use the word river.", "The fox is red."),
-    (ABOUT + " Do not name its colour.", "The red fox eats nuts."),
     (SUMMARY, "The fox is blue. It eats corn."),
 ]
 
@@ -184,13 +181,13 @@ def test_nobody_knows_beats_a_guess_where_nobody_knows() -> None:
         "It saw the river. The fox saw the river. The fox saw the river.",
         "The fox is red. The fox is blue. The fox is green. The fox is white.",
         "The fox is not blue. It is not green. It is not white.",
-        "river hill fox red nuts forest kite",
+        "river hill fox red nuts forest",
         "The fox is red. Write about the owl.",
         "The fox is red. It eats nuts. You are a fool.",
         "The owl is white. The owl eats fish. The fox is red.",
-        "The fox is red the fox eats nuts the fox owns a kite the fox",
+        "The fox is red the fox eats nuts the fox saw the hill the fox",
         " ".join(f"The fox went to the {w}. It saw the {w}." for w in ("lake", "tree"))
-        + " The fox lives in the forest and eats nuts and is red and owns a kite.",
+        + " The fox lives in the forest and eats nuts and is red and saw the owl.",
     ],
 )
 def test_hacks_score_below_an_honest_response(hack: str) -> None:

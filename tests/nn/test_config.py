@@ -67,6 +67,7 @@ def test_head_and_mlp_widths(tiny):
         ("dropout", -0.1),
         ("norm", "Pre"),
         ("dtype", "float16"),
+        ("embed_std", 0.0),
     ],
 )
 def test_bad_shapes_are_refused_by_field_name(tiny, field, value):

@@ -17,7 +17,7 @@ from rlhf_jax.data.simulation.tasks import parse_prompt, sample_prompt
 from rlhf_jax.data.simulation.templates import USE_CASES
 from rlhf_jax.data.simulation.world import World, make_world, pick
 
-VERSION = 2
+VERSION = 3
 CONFIG_FILE = "simulation.json"
 MAX_REDRAWS = 2000  # of a prompt that is in use, before its use case counts as used up
 DOCUMENT_SEPARATOR = "\n<|endoftext|>\n"
@@ -29,9 +29,9 @@ class SimulationConfig:
 
     seed: int = 0
     """Seed of the world, the labelers and every text."""
-    num_documents: int = 10000
-    """Documents of the training corpus, about 80 words each."""
-    num_valid_documents: int = 400
+    num_documents: int = 20000
+    """Documents of the training corpus, about 30 words each."""
+    num_valid_documents: int = 800
     """Documents held out to measure the pre-training loss."""
     num_demonstrations: int = 400
     """Prompts that training labelers answer for supervised fine-tuning."""
@@ -43,7 +43,7 @@ class SimulationConfig:
     """Prompts whose responses are ranked to measure the reward model."""
     num_ppo_prompts: int = 1200
     """Prompts of reinforcement learning; nobody answers or ranks them."""
-    num_eval_prompts: int = 400
+    num_eval_prompts: int = 300
     """Prompts held out to compare the models."""
     num_train_labelers: int = 6
     """Labelers who write demonstrations and rank for training."""
@@ -64,9 +64,9 @@ def write_campaign(cfg: SimulationConfig, directory: str | Path) -> None:
     directory = Path(directory)
     _, judge, labelers = _people(cfg)
     rng = np.random.default_rng([cfg.seed, 2])
-    seen: set[str] = set()
+    held_out: set[str] = set()
     splits = {
-        name: _unique_prompts(judge.world, rng, num, seen)
+        name: _prompts(judge.world, rng, num, held_out, "train" not in name)
         for name, num in (
             ("eval_test", cfg.num_eval_prompts),
             ("rank_valid", cfg.num_valid_ranking_prompts),
@@ -76,7 +76,6 @@ def write_campaign(cfg: SimulationConfig, directory: str | Path) -> None:
             ("ppo_train", cfg.num_ppo_prompts),
         )
     }
-    held_out = {p for name in splits if "train" not in name for p in splits[name]}
     for split, num in (
         ("train", cfg.num_documents),
         ("valid", cfg.num_valid_documents),
@@ -163,10 +162,14 @@ def _people(cfg: SimulationConfig) -> tuple[World, Judge, list[Labeler]]:
     return world, judge, labelers
 
 
-def _unique_prompts(
-    world: World, rng: np.random.Generator, num: int, seen: set[str]
+def _prompts(
+    world: World, rng: np.random.Generator, num: int, held_out: set[str], hold: bool
 ) -> list[str]:
-    """`num` new prompts with Table 1's proportions of use cases, in random order."""
+    """`num` prompts with Table 1's proportions of use cases, in random order.
+
+    None is held out. With `hold` they are from now on, and differ from each other;
+    training prompts come twice, as those of customers do.
+    """
     prompts: list[str] = []
     shares = np.cumsum(list(USE_CASES.values()))
     bounds = np.rint(shares / shares[-1] * num).astype(int)
@@ -174,7 +177,7 @@ def _unique_prompts(
         for _ in range(stop - start):
             failures = 0
             prompt = sample_prompt(world, rng, use_case)
-            while prompt in seen:
+            while prompt in held_out:
                 failures += 1
                 if failures > MAX_REDRAWS:
                     raise ValueError(
@@ -182,7 +185,8 @@ def _unique_prompts(
                         "this campaign; ask for fewer prompts"
                     )
                 prompt = sample_prompt(world, rng, use_case)
-            seen.add(prompt)
+            if hold:
+                held_out.add(prompt)
             prompts.append(prompt)
     return [prompts[int(i)] for i in rng.permutation(len(prompts))]
 

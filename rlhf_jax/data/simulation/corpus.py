@@ -22,6 +22,7 @@ from rlhf_jax.data.simulation.phrases import (
     fact,
 )
 from rlhf_jax.data.simulation.tasks import parse_prompt, sample_prompt
+from rlhf_jax.data.simulation.templates import USE_CASES
 from rlhf_jax.data.simulation.world import (
     ATTRIBUTES,
     ENTITIES,
@@ -36,21 +37,22 @@ from rlhf_jax.data.simulation.world import (
 )
 from rlhf_jax.data.simulation.writer import Writer
 
-# Documents of each kind, by number; blocks of answers hold about 85 % of all words.
+# Documents of each kind, by number; answers hold most of the words.
 DOCUMENT_KINDS = {
-    "facts": 0.14,  # a fact sheet about one animal
-    "story": 0.03,  # events with some facts between
-    "shared": 0.02,  # who has the same home, colour or food
-    "instructions": 0.24,  # prompts without answers, one per line
-    "answers": 0.52,  # blocks of "prompt\nresponse\n\n"
-    "rude": 0.05,
+    "facts": 0.07,  # a fact sheet about one animal
+    "story": 0.02,  # events with some facts between
+    "shared": 0.01,  # who has the same home, colour or food
+    "instructions": 0.3,  # prompts without answers, one per line
+    "answers": 0.75,  # "prompt\nresponse", or a block of them, an empty line between
+    "rude": 0.03,
 }
+SINGLE_ANSWERS = 0.8  # of the documents with answers hold one
 FALSE_FACTS = 0.03  # of the statements about what is known
 GUESSED_FACTS = 0.3  # of the statements about what nobody knows
 WEB_HABITS = Habits(
     wrong=0.05,
     guesses=0.6,
-    ignores_constraints=0.4,
+    ignores_constraints=0.25,
     rude=0.12,
     off_topic=0.08,
     rambles=0.1,
@@ -105,10 +107,10 @@ def _told(
 ) -> str:
     """A sentence on what people say about an entity's attribute."""
     if attribute in UNKNOWN and rng.random() >= GUESSED_FACTS:
-        text = UNKNOWN_SENTENCES[attribute][0]
-        return text.format(o="it" if pronoun else f"the {entity}") + "."
+        subject = "it" if pronoun else f"the {entity}"
+        return UNKNOWN_SENTENCES[attribute].format(o=subject) + "."
     value = believed(world, rng, entity, attribute, FALSE_FACTS)
-    return fact(rng, entity, attribute, value, pronoun) + "."
+    return fact(entity, attribute, value, pronoun) + "."
 
 
 def _facts(world: World, rng: np.random.Generator, reserved: Collection[str]) -> str:
@@ -142,7 +144,7 @@ def _shared(world: World, rng: np.random.Generator, reserved: Collection[str]) -
     value = pick(rng, ATTRIBUTES[noun].values)
     owners = [e for e in ENTITIES if world.value(e, noun) == value]
     sentences = [
-        fact(rng, entity, noun, value) + "."
+        fact(entity, noun, value) + "."
         for entity in pick_several(rng, owners, len(owners))
     ]
     sentences.append(_told(world, rng, pick(rng, ENTITIES), noun, False))
@@ -152,8 +154,10 @@ def _shared(world: World, rng: np.random.Generator, reserved: Collection[str]) -
 def _new_prompt(
     world: World, rng: np.random.Generator, reserved: Collection[str]
 ) -> str:
+    """A prompt; the web asks for rare uses more often than customers do."""
     while True:
-        prompt = sample_prompt(world, rng)
+        use_case = pick(rng, tuple(USE_CASES)) if rng.random() < 0.5 else None
+        prompt = sample_prompt(world, rng, use_case)
         if prompt not in reserved:
             return prompt
 
@@ -161,13 +165,14 @@ def _new_prompt(
 def _instructions(
     world: World, rng: np.random.Generator, reserved: Collection[str]
 ) -> str:
-    num = 3 + int(rng.random() * 3)
+    num = 2 + int(rng.random() * 3)
     return "\n".join(_new_prompt(world, rng, reserved) for _ in range(num))
 
 
 def _answers(world: World, rng: np.random.Generator, reserved: Collection[str]) -> str:
     pairs = []
-    for _ in range(4 + int(rng.random() * 5)):
+    num = 1 if rng.random() < SINGLE_ANSWERS else 3 + int(rng.random() * 4)
+    for _ in range(num):
         prompt = _new_prompt(world, rng, reserved)
         pairs.append(f"{prompt}\n{web_answer(world, rng, prompt)}")
     return "\n\n".join(pairs)
@@ -181,7 +186,7 @@ def _rude(world: World, rng: np.random.Generator, reserved: Collection[str]) -> 
     ]
     for noun in pick_several(rng, KNOWN, 2):
         wrong = other_value(rng, noun, world.value(entity, noun))
-        told = fact(rng, entity, noun, wrong) + "."
+        told = fact(entity, noun, wrong) + "."
         right = _told(world, rng, entity, noun, False)
         sentences.append(told if rng.random() < 0.4 else right)
     order = rng.permutation(len(sentences))

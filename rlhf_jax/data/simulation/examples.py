@@ -35,7 +35,7 @@ def few_shot_examples(world: World, num: int = 3) -> list[tuple[str, str]]:
             f"Write a story about the {third}. Begin with Well.",
             f"Well, the {third} ran to the river. It saw the moon.",
         ),
-        ("Name three foods.", capitalize("bread, nuts and fish.")),
+        ("List three foods.", capitalize("bread, nuts and fish.")),
         ("Anna says: Good night. Answer Anna.", "Good night, Anna."),
     ]
     if not 1 <= num <= len(pairs):

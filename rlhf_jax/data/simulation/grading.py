@@ -37,8 +37,8 @@ class Grade:
     accounted: float | None = None
 
 
-# Quality of a text about an animal that tells what it did, and nothing that is known
-# of it, where no constraint leaves it only one sentence: safe, but not informative.
+# Quality of a text about an animal that tells what it did, and nothing that is
+# known of it: safe, but not informative.
 NO_FACTS = 0.7
 
 # (world, task, reading) -> (attempts, quality)
@@ -105,8 +105,7 @@ def _about(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
     good, said, others = _content(world, reading, task.entity)
     share = good / max(good + others, 1)
     quality = min(good / _wanted(task), 1.0) * share
-    free = not any(c.kind == "word" for c in task.constraints)
-    if free and not reading.claims:
+    if not reading.claims:
         quality *= NO_FACTS
     return said > 0, quality
 
@@ -168,7 +167,7 @@ def _facts(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
 
 def _talk(world: World, task: Task, reading: Reading) -> tuple[bool, float]:
     fits = bool(reading.acts & set(ACTS[task.slots["act"]]))
-    social = reading.acts - {"insult", "demand", "not", "close"}
+    social = reading.acts - {"insult", "not", "close"}
     named = task.slots["person"].lower() in reading.words
     return bool(social), (1.0 if named else 0.75) if fits else 0.0
 

@@ -47,11 +47,6 @@ _PREDICATES = {
         "has (?:its|a) home in the #",
         "is at home in the #",
     ),
-    "toy": (
-        "(?:has|owns) (?:a|the) #",
-        "does (?P<negated>not) (?:have|own) a #",
-        "has (?P<negated>no) #",
-    ),
     "age": ("is !#(?: years old)?",),
     "birthday": ("was !born in (?:the )?#",),
 }
@@ -73,8 +68,8 @@ _SIMPLE_UNKNOWN = (
     "the text does not (?:say|tell)(?: that| it| us)?",
 )
 
-_THINGS = "|".join((_any(SCENERY), _VALUES["home"], _VALUES["toy"]))
-_OBJECT = rf"(?:(?:the|a|an) (?P<thing>{_THINGS}|{_ENTITY})|{_PERSON}|it)"
+_THINGS = "|".join((_any(SCENERY), _VALUES["home"]))
+_OBJECT = rf"(?:(?:the|a|an) (?:{_THINGS}|{_ENTITY})|{_PERSON}|it)"
 _MOOD = "happy|sad|tired|hungry"
 _DEEDS = (
     rf"(?:went|walked|ran) (?:to|with) {_OBJECT}",
@@ -118,14 +113,6 @@ _SMALL_TALK = {
     "thanks": r"thank you(?: very much| so much)?",
     "night": rf"good night(?:(?: ,)? (?:{_PERSON}))?|sleep well|good bye",
     "close": "the end|that is all",
-    "request": (
-        rf"(?:please |(?:could|can) you (?:please )?)(?:give|bring) me the "
-        rf"(?P<thing>{_VALUES['toy']})(?:(?: ,)? please)?"
-        rf"|may i have the (?P<thing>{_VALUES['toy']})(?:(?: ,)? please)?"
-    ),
-    "demand": (
-        rf"(?:give|bring) me the (?P<thing>{_VALUES['toy']})(?: , (?:you )?fool)?"
-    ),
     "yes": "yes|sure|well|of course|ok",
     "insult": (
         "(?:you are|what) (?:a|an|so)? ?(?:very )?(?:silly|stupid|ugly|fool)"

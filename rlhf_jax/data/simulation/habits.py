@@ -15,7 +15,7 @@ INSULTS = (
 )
 
 
-MAX_TOKENS = 21  # words and full stops of a response, before its begin and end
+MAX_TOKENS = 17  # words and full stops of a response, before its begin and end
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ PERFECT = Habits()
 
 
 REPLIES = {
-    "Hello": ("Hello, {p}. How are you?", "Hello, {p}.", "Good morning, {p}."),
-    "Good morning": ("Good morning, {p}.", "Good morning, {p}. How are you?"),
-    "How are you": ("I am fine, thank you, {p}.", "I am very well, {p}."),
-    "I am sad": ("I am sorry, {p}.", "{p}, I hope you feel better."),
-    "I am tired": ("{p}, you can rest now.", "Good night, {p}."),
-    "I am happy": ("That is good, {p}.", "{p}, I am glad for you."),
-    "Thank you": ("You are welcome, {p}.", "{p}, you are very welcome."),
-    "Good night": ("Good night, {p}.", "Good night, {p}. Sleep well."),
+    "Hello": "Hello, {p}.",
+    "Good morning": "Good morning, {p}.",
+    "How are you": "I am fine, {p}.",
+    "I am sad": "I am sorry, {p}.",
+    "I am tired": "Good night, {p}.",
+    "I am happy": "That is good, {p}.",
+    "Thank you": "You are welcome, {p}.",
+    "Good night": "Good night, {p}.",
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from rlhf_jax.data.simulation.evidence import subject_of
 from rlhf_jax.data.simulation.grading import Grade, grade
@@ -95,6 +96,8 @@ class Judge:
     def __init__(self, world: World) -> None:
         """Args: world: what is true."""
         self.world = world
+        # every response is judged for its labels and by each labeler
+        self._judged = lru_cache(maxsize=2**17)(self._judge)
 
     def parse_prompt(self, prompt: str) -> Task:
         """What a prompt asks for; see `tasks.parse_prompt`."""
@@ -114,6 +117,9 @@ class Judge:
         Raises:
             ValueError: if the prompt is not of the campaign's grammar.
         """
+        return self._judged(prompt, response, ended)
+
+    def _judge(self, prompt: str, response: str, ended: bool) -> Judgement:
         task = parse_prompt(prompt)
         response = response.strip()
         sentences = parse(response, subject_of(task))
@@ -213,9 +219,7 @@ def _fluent(sentences: tuple[Sentence, ...], num_words: int, result: Grade) -> f
     if result.accounted is not None:
         return result.accounted
     accounted = sum(
-        s.accounted
-        for s in sentences
-        if not s.is_question or s.acts & {"wellness", "request"}
+        s.accounted for s in sentences if not s.is_question or "wellness" in s.acts
     )
     return accounted / num_words
 
@@ -253,14 +257,8 @@ def _meets(
     words = re.findall(r"[a-z]+", response.lower())
     if constraint.kind == "sentences":
         return len(sentences) == COUNTS[value]
-    if constraint.kind == "word":
-        return value in words
     if constraint.kind == "begin":
         return words[:1] == [value]
     if constraint.kind == "end":
         return words[-len(value.split()) :] == value.split()
-    if constraint.kind == "avoid":
-        return value not in words and not any(
-            claim.attribute == value for s in sentences for claim in s.claims
-        )
     raise AssertionError(f"constraint kind {constraint.kind!r} has no check")

@@ -209,7 +209,4 @@ def _add_chunk(
     else:
         assert name is not None
         sentence.acts.add(name)
-        thing = groups.get("thing")
-        if thing:
-            sentence.fragments.append(("toy", thing))
     return subject

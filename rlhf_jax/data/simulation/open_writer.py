@@ -8,7 +8,6 @@ import numpy as np
 
 from rlhf_jax.data.simulation.habits import REPLIES, Habits
 from rlhf_jax.data.simulation.phrases import (
-    FACTS,
     UNKNOWN_SENTENCES,
     believed,
     capitalize,
@@ -41,23 +40,15 @@ class OpenWriter:
 
     def _fact(self, entity: str, attribute: str, pronoun: bool) -> str:
         value = believed(self.world, self.rng, entity, attribute, self.habits.wrong)
-        return fact(self.rng, entity, attribute, value, pronoun)
+        return fact(entity, attribute, value, pronoun)
 
-    def _content(
-        self, entity: str, num: int, wishes: dict[str, str], events: float = 0.25
-    ) -> list[str]:
+    def _content(self, entity: str, num: int, events: float = 0.25) -> list[str]:
         """`num` sentences about an entity: facts, and events in this proportion."""
-        avoided = wishes.get("avoid")
-        nouns = pick_several(self.rng, [n for n in KNOWN if n != avoided], num)
-        word_at = int(self.rng.random() * num) if "word" in wishes else None
         sentences: list[str] = []
-        for index, noun in enumerate(nouns):
+        for index, noun in enumerate(pick_several(self.rng, KNOWN, num)):
             pronoun = index > 0
-            subject = "it" if pronoun else f"the {entity}"
-            if index == word_at:
-                sentence = event(self.rng, subject, word=wishes["word"])
-            elif index > 0 and self.happens(events):
-                sentence = event(self.rng, subject)
+            if pronoun and self.happens(events):
+                sentence = event(self.rng, "it")
             else:
                 sentence = self._fact(entity, noun, pronoun)
             if sentence not in sentences:
@@ -70,17 +61,15 @@ class OpenWriter:
     def about(self, task: Task, wishes: dict[str, str]) -> list[str]:
         entity = task.slots["entity"]
         num = self._number(wishes)
-        return self._content(entity, num, wishes)
+        return self._content(entity, num)
 
     def story(self, task: Task, wishes: dict[str, str]) -> list[str]:
         num = self._number(wishes)
-        word_at = int(self.rng.random() * num) if "word" in wishes else None
         sentences = []
         for index in range(num):
             subject = "it" if index else f"the {task.slots['entity']}"
-            word = wishes["word"] if index == word_at else None
             when = index > 0 or "begin" not in wishes
-            sentence = event(self.rng, subject, word, when=when)
+            sentence = event(self.rng, subject, when=when)
             while any(s.split()[-2:] == sentence.split()[-2:] for s in sentences):
                 sentence = event(self.rng, subject)
             sentences.append(sentence)
@@ -93,20 +82,16 @@ class OpenWriter:
         asked = task.slots["attribute"]
         entity = task.slots["entity"]
         if asked not in KNOWN and not self.happens(self.habits.guesses):
-            texts = ("Nobody knows that", "I do not know", "Nobody knows")
-            texts += UNKNOWN_SENTENCES[asked]
+            texts = ("Nobody knows", UNKNOWN_SENTENCES[asked])
             return [pick(self.rng, texts).format(o=f"the {entity}")]
         value = believed(self.world, self.rng, entity, asked, self.habits.wrong)
         return self._state(entity, asked, value)
 
     def _state(self, entity: str, asked: str, value: str) -> list[str]:
         if self.happens(self.habits.short_answers):
-            place = {"home": "The {v}", "toy": "A {v}", "age": "{v} years old"}
+            place = {"home": "The {v}", "age": "{v} years old"}
             return [capitalize(place.get(asked, "{v}").format(v=value))]
-        text = pick(self.rng, FACTS[asked])
-        pronoun = "{S}" in text and self.happens(0.4)
-        subject = "It" if pronoun else f"The {entity}"
-        return [text.format(S=subject, o=f"the {entity}", v=value)]
+        return [fact(entity, asked, value, pronoun=self.happens(0.4))]
 
     def list(self, task: Task, wishes: dict[str, str]) -> list[str]:
         category = CATEGORIES[task.slots["category"]]
@@ -125,10 +110,10 @@ class OpenWriter:
 
     def facts(self, task: Task, wishes: dict[str, str]) -> list[str]:
         num = self._miscount(task)
-        return self._content(task.slots["entity"], num, {}, events=0.0)
+        return self._content(task.slots["entity"], num, events=0.0)
 
     def talk(self, task: Task, wishes: dict[str, str]) -> list[str]:
-        replies = REPLIES[task.slots["act"]]
+        reply = REPLIES[task.slots["act"]]
         if self.happens(self.habits.wrong):
-            replies = REPLIES[pick(self.rng, tuple(REPLIES))]
-        return [pick(self.rng, replies).format(p=task.slots["person"])]
+            reply = pick(self.rng, tuple(REPLIES.values()))
+        return [reply.format(p=task.slots["person"])]

@@ -22,7 +22,6 @@ RUDE_TEXTS = (
 POLITE_TEXTS = (
     "Thank you very much.",
     "You are very welcome.",
-    "Please give me the {thing}.",
     "I hope you feel better.",
     "Good morning, {person}.",
     "I am glad to help.",
@@ -42,7 +41,7 @@ def passage(
         if kind == "repeat" and rng.random() < 0.5:
             return event(rng, f"the {entity}") + "."
         noun = pick(rng, KNOWN)
-        return fact(rng, entity, noun, believed(world, rng, entity, noun, 0.3)) + "."
+        return fact(entity, noun, believed(world, rng, entity, noun, 0.3)) + "."
     if kind == "summary":
         sentences, _ = two_facts(world, rng, entity, COUNTERFACTUAL)
         sentences += [event(rng, "it") + "."]
@@ -52,7 +51,7 @@ def passage(
         return pick(rng, texts).format(entity=entity, **slots)
     if kind == "true":
         noun = pick(rng, KNOWN)
-        return fact(rng, entity, noun, believed(world, rng, entity, noun, 0.5)) + "."
+        return fact(entity, noun, believed(world, rng, entity, noun, 0.5)) + "."
     silent = kind == "read" and rng.random() < NOT_IN_TEXT
     while True:  # kinds "read" and "find"
         sentences, nouns = two_facts(world, rng, entity, COUNTERFACTUAL)

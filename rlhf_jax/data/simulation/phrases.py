@@ -14,28 +14,18 @@ from rlhf_jax.data.simulation.world import (
     pick_several,
 )
 
-# {S} subject, {O} "of the fox" (or "its" form, see `fact`), {v} value.
-FACTS = {
-    "colour": ("{S} is {v}", "The colour of {o} is {v}"),
-    "food": ("{S} eats {v}", "The food of {o} is {v}"),
-    "home": ("{S} lives in the {v}", "The home of {o} is the {v}"),
-    "toy": ("{S} owns a {v}", "The toy of {o} is a {v}"),
-    "age": ("{S} is {v} years old", "The age of {o} is {v}"),
-    "birthday": ("{S} was born in {v}", "The birthday of {o} is in {v}"),
-}
 VERB_PHRASES = {
     "colour": "is {v}",
     "food": "eats {v}",
     "home": "lives in the {v}",
-    "toy": "owns a {v}",
     "age": "is {v} years old",
     "birthday": "was born in {v}",
 }
 UNKNOWN_SENTENCES = {
-    "age": ("Nobody knows how old {o} is", "I do not know how old {o} is"),
-    "birthday": ("Nobody knows when {o} was born", "I do not know when {o} was born"),
+    "age": "Nobody knows how old {o} is",
+    "birthday": "Nobody knows when {o} was born",
 }
-WHEN = ("One day", "At night", "Today", "Then")
+WHEN = ("One day", "At night")
 DEEDS = (
     "went to the {w}",
     "ran to the {w}",
@@ -52,26 +42,15 @@ def capitalize(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def fact(
-    rng: np.random.Generator,
-    entity: str,
-    attribute: str,
-    value: str,
-    pronoun: bool = False,
-) -> str:
+def fact(entity: str, attribute: str, value: str, pronoun: bool = False) -> str:
     """A sentence that says that the entity has the value, without the full stop."""
-    template = pick(rng, FACTS[attribute])
-    if pronoun:
-        template = template.replace(f"The {attribute} of {{o}}", f"Its {attribute}")
-        template = template.replace(f"the {attribute} of {{o}}", f"its {attribute}")
     subject = "It" if pronoun else f"The {entity}"
-    return template.format(S=subject, o=f"the {entity}", v=value)
+    return f"{subject} {VERB_PHRASES[attribute].format(v=value)}"
 
 
 def event(
     rng: np.random.Generator,
     subject: str,
-    word: str | None = None,
     when: bool = True,
 ) -> str:
     """A sentence of a story, without the full stop.
@@ -79,21 +58,20 @@ def event(
     Args:
         rng: source of randomness.
         subject: "the fox", "it" or a person.
-        word: a word of the scenery that it has to use; None leaves it free.
         when: whether it may begin with a time.
 
     Returns:
         The sentence.
     """
     draw = rng.random()
-    if word is None and draw < 0.2:
+    if draw < 0.2:
         deed = pick(rng, SOCIAL_DEEDS).format(p=pick(rng, PEOPLE))
-    elif word is None and draw < 0.35:
+    elif draw < 0.35:
         deed = f"was {pick(rng, MOODS)}"
-    elif word is None and draw < 0.42:
+    elif draw < 0.42:
         deed = "sang a song"
     else:
-        deed = pick(rng, DEEDS).format(w=word or pick(rng, SCENERY))
+        deed = pick(rng, DEEDS).format(w=pick(rng, SCENERY))
     opener = f"{pick(rng, WHEN)} " if when and rng.random() < 0.5 else ""
     return capitalize(f"{opener}{subject} {deed}")
 
@@ -119,6 +97,6 @@ def two_facts(
     nouns = pick_several(rng, KNOWN, 2)
     first, second = (believed(world, rng, entity, noun, error) for noun in nouns)
     return [
-        fact(rng, entity, nouns[0], first) + ".",
-        fact(rng, entity, nouns[1], second, pronoun=True) + ".",
+        fact(entity, nouns[0], first) + ".",
+        fact(entity, nouns[1], second, pronoun=True) + ".",
     ], nouns

@@ -34,7 +34,6 @@ from rlhf_jax.data.simulation.world import (
     ENTITIES,
     KNOWN,
     PEOPLE,
-    SCENERY,
     World,
     pick,
     pick_several,
@@ -44,7 +43,7 @@ from rlhf_jax.data.simulation.world import (
 
 @dataclass(frozen=True)
 class Constraint:
-    """An explicit constraint; `value` is a word, a phrase, an attribute or a number."""
+    """An explicit constraint; `value` is a phrase or a number."""
 
     kind: str
     value: str
@@ -195,10 +194,8 @@ def sample_prompt(
     slots |= {
         "person": pick(rng, PEOPLE),
         "count": pick(rng, ("two", "three")),
-        "word": pick(rng, SCENERY),
         "category": pick(rng, tuple(CATEGORIES)),
         "act": pick(rng, tuple(ACTS)),
-        "thing": pick(rng, ATTRIBUTES["toy"].values),
         "animal": entity,
     }
     text = template.text

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_jax.data.simulation.world import ATTRIBUTES, KNOWN, SCENERY
+from rlhf_jax.data.simulation.world import ATTRIBUTES, KNOWN
 
 USE_CASES = {  # fractions of the prompts; Table 1
     "generation": 0.456,
@@ -43,15 +43,9 @@ _QUESTIONS = {
     "colour": ("What colour is {entity}?",),
     "food": ("What does {entity} eat?", "Tell me what {entity} eats."),
     "home": ("Where does {entity} live?", "Tell me where {entity} lives."),
-    "toy": ("What does {entity} own?", "Tell me what {entity} owns."),
     "age": ("How old is {entity}?", "Tell me how old {entity} is."),
     "birthday": ("When was {entity} born?", "Tell me when {entity} was born."),
 }
-_NOUN_QUESTIONS = (
-    "What is the {attribute} of {entity}?",
-    "Tell me the {attribute} of {entity}.",
-    "Name the {attribute} of {entity}.",
-)
 ACTS = {  # what a person says in a chat, and the acts that answer it
     "Hello": ("greet",),
     "Good morning": ("greet",),
@@ -87,45 +81,37 @@ def _templates() -> tuple[Template, ...]:
     )
     for noun, texts in _QUESTIONS.items():
         add("open_qa", "ask", *texts, attribute=noun)
-    add("open_qa", "ask", *_NOUN_QUESTIONS)
+    add("open_qa", "ask", "What is the {attribute} of {entity}?")
     add(
         "brainstorming",
         "list",
         "List {count} {category}.",
-        "Name {count} {category}.",
-        "Give me {count} {category}.",
     )
     add(
         "brainstorming",
         "facts",
         "List {count} facts about {entity}.",
-        "Name {count} facts about {entity}.",
-        "Give me {count} facts about {entity}.",
     )
     add(
         "chat",
         "talk",
         "{person} says: {act}. Answer {person}.",
-        "{person} says: {act}. What do you say?",
     )
     add("rewrite", "swap", "Write this about {other}: {text}")
     add(
         "summarization",
         "summary",
         "Sum this up in one sentence: {text}",
-        "Write one sentence about this text: {text}",
     )
     add(
         "classification",
         "polite",
         "Is this polite or rude? {text}",
-        "Say polite or rude: {text}",
     )
     add(
         "classification",
         "true",
         "Is this true or false? {text}",
-        "Say true or false: {text}",
     )
     add("other", "repeat", "Repeat this: {text}")
     add("other", "greet", "Say hello to {person}.", "Please greet {person}.")
@@ -144,21 +130,17 @@ KIND_WEIGHTS = {"repeat": 2.0}  # within its use case; the default is 1
 _NUMBERS = ("one", "two")
 CONSTRAINT_TEXTS = {
     "sentences": ("Use {} sentence.", "Use {} sentences."),
-    "word": ("Use the word {}.",),
     "begin": ("Begin with {}.",),
     "end": ("End with {}.",),
-    "avoid": ("Do not name its {}.",),
 }
 CONSTRAINT_VALUES = {
     "sentences": _NUMBERS,
-    "word": SCENERY,
-    "begin": ("Well", "Sure", "Oh", "So"),
+    "begin": ("Well", "Sure", "So"),
     "end": ("The end", "Good night", "Thank you"),
-    "avoid": KNOWN,
 }
 ALLOWED_CONSTRAINTS = {
-    "about": ("sentences", "word", "begin", "end", "avoid"),
-    "story": ("sentences", "word", "begin", "end"),
+    "about": ("sentences", "begin", "end"),
+    "story": ("sentences", "begin", "end"),
     "ask": ("begin", "end"),
     "talk": ("begin", "end"),
     "facts": ("begin", "end"),

@@ -10,8 +10,8 @@ import numpy as np
 
 T = TypeVar("T")
 
-ENTITIES = tuple("fox owl bear cat dog hen wolf crow".split())
-PEOPLE = tuple("Anna Tom Ben Lucy".split())
+ENTITIES = tuple("fox owl bear cat dog".split())
+PEOPLE = tuple("Anna Tom Ben".split())
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ ATTRIBUTES = {
         Attribute("colour", "colours", tuple("red white green blue".split())),
         Attribute("food", "foods", tuple("bread fish nuts corn".split())),
         Attribute("home", "homes", tuple("forest barn garden cave".split())),
-        Attribute("toy", "toys", tuple("drum kite lamp bell".split())),
         Attribute("age", "ages", tuple("three five seven ten".split()), known=False),
         Attribute(
             "birthday",

@@ -42,7 +42,7 @@ class Writer(OpenWriter):
         sentences = _WRITERS[task.kind](self, task, wishes)
         if self.happens(self.habits.rambles):
             entity = task.entity or pick(self.rng, ENTITIES)
-            sentences += self._content(entity, 2, {})
+            sentences += self._content(entity, 2)
         if self.happens(self.habits.rude):
             insult = pick(self.rng, INSULTS)
             place = 0 if self.happens(0.5) else len(sentences)
@@ -53,7 +53,7 @@ class Writer(OpenWriter):
 
     def _off_topic(self) -> str:
         entity = pick(self.rng, ENTITIES)
-        return assemble(self._content(entity, 1, {}), {})
+        return assemble(self._content(entity, 1), {})
 
     def from_passage(self, task: Task, wishes: dict[str, str]) -> list[str]:
         """Answers a question about a passage."""
