@@ -35,10 +35,10 @@ def embedded() -> InstructGPT:
         batch_size=128,
         num_minibatches=8,
         policy_optimizer=_adamw(
-            4e-4, schedule="constant", warmup_steps=10, warmup_fraction=0.1
+            3e-4, schedule="constant", warmup_steps=10, warmup_fraction=0.1
         ),
-        value_optimizer=_adamw(6e-4, schedule="constant"),
-        kl_coef=0.05,
+        value_optimizer=_adamw(5e-4, schedule="constant"),
+        kl_coef=0.2,
         ema_decay=0.98,
         missing_eos_score=-3.0,
         ptx_len=64,
@@ -48,7 +48,7 @@ def embedded() -> InstructGPT:
     )
     return InstructGPT(
         run=Path("runs/instructgpt"),
-        simulation=SimulationConfig(num_demonstrations=240, num_ranking_prompts=5000),
+        simulation=SimulationConfig(num_demonstrations=120, num_ranking_prompts=4000),
         tokenizer=TokenizerConfig(vocab_size=768),
         pretrain=PretrainConfig(
             model=TransformerConfig(
@@ -88,10 +88,11 @@ def embedded() -> InstructGPT:
             batch_size=256,
         ),
         reward_model=RewardModelConfig(
+            num_epochs=2,
             batch_size=12,
             prompt_len=28,
             response_len=24,
-            optimizer=_adamw(1e-3, warmup_steps=10, b2=0.98),
+            optimizer=_adamw(6e-4, warmup_steps=10, b2=0.98),
             loop=LoopConfig(checkpoint_every=100, eval_every=100),
         ),
         ppo=ppo,
