@@ -31,7 +31,7 @@ def embedded() -> InstructGPT:
     sampling = Sampling(response_len=24)
     prompts = {"prompt_len": 28, "sampling": sampling}
     ppo = PPOConfig(
-        num_iterations=60,
+        num_iterations=45,
         batch_size=128,
         num_minibatches=8,
         policy_optimizer=_adamw(
@@ -48,7 +48,9 @@ def embedded() -> InstructGPT:
     )
     return InstructGPT(
         run=Path("runs/instructgpt"),
-        simulation=SimulationConfig(num_demonstrations=120, num_ranking_prompts=4000),
+        simulation=SimulationConfig(
+            num_demonstrations=120, num_ranking_prompts=4000, num_eval_prompts=400
+        ),
         tokenizer=TokenizerConfig(vocab_size=768),
         pretrain=PretrainConfig(
             model=TransformerConfig(
@@ -98,7 +100,7 @@ def embedded() -> InstructGPT:
         ppo=ppo,
         ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),
         evaluate=EvaluateConfig(
-            num_samples=2,
+            num_samples=3,
             prompt_len=28,
             few_shot_len=68,
             num_few_shot=2,
