@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from rlhf_jax.nn.attention import NEG_INF, causal_attention
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.heads import lm_logits
 from rlhf_jax.nn.transformer import (
-    NEG_INF,
     Params,
     block,
-    causal_attention,
     embed,
     final_norm,
 )

@@ -13,6 +13,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.nn.attention import (
+    NEG_INF,
+    attention_scores,
+    causal_attention,
+    documents_and_positions,
+)
 from rlhf_jax.nn.config import TransformerConfig
 
 Array = jax.Array
@@ -20,7 +26,6 @@ Params = Any  # nested dict of float32 arrays; blocks stacked on a leading axis 
 Attend = Callable[[Array, Array, Array], Array]
 
 MAX_UNROLLED = 4  # layers; more are one loop, which compiles as fast as one layer
-NEG_INF = -1e9  # finite, so that a row without any key gives no NaN
 
 
 def init_params(key: Array, cfg: TransformerConfig) -> Params:
@@ -200,53 +205,6 @@ def transformer(
     return final_norm(params, x)
 
 
-def causal_attention(
-    q: Array, k: Array, v: Array, documents: Array | None = None
-) -> Array:
-    """Softmax attention of each position to itself and those before it.
-
-    softmax(q k^T / sqrt(H) + causal mask) v, the softmax in float32. Padding needs no
-    mask here as long as it stands to the right: no real position reads it.
-
-    Args:
-        q, k, v: [B, T, N, H].
-        documents: int32 [B, T], numbers of the documents packed in a row, across which
-            nothing is read; None reads across them.
-
-    Returns:
-        [B, T, N, H], the dtype of `v`.
-    """
-    scores = _scores("btnh,bsnh->bnts", q, k)
-    T = q.shape[1]
-    mask = jnp.tril(jnp.ones((T, T), bool))[None]
-    if documents is not None:
-        mask = mask & (documents[:, :, None] == documents[:, None, :])
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, NEG_INF), axis=-1)
-    return jnp.einsum("bnts,bsnh->btnh", weights.astype(v.dtype), v)
-
-
-def documents_and_positions(tokens: Array, end: int) -> tuple[Array, Array]:
-    """Which document each token of a packed row is of, and its place in it.
-
-    Args:
-        tokens: int32, [B, T].
-        end: id that ends a document and is its last token.
-
-    Returns:
-        Numbers of documents and positions that begin anew at 0, int32 [B, T] each.
-    """
-    steps = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    first = jnp.zeros_like(tokens[:, :1], bool)
-    begins = jnp.concatenate([first, tokens[:, :-1] == end], axis=1)
-    starts = jax.lax.cummax(jnp.where(begins, steps, 0), axis=1)
-    return jnp.cumsum(begins, axis=1, dtype=jnp.int32), steps - starts
-
-
-def _scores(equation: str, q: Array, k: Array) -> Array:
-    scale = q.shape[-1] ** -0.5
-    return scale * jnp.einsum(equation, q, k, preferred_element_type=jnp.float32)
-
-
 def forward(
     params: Params, tokens: Array, cfg: TransformerConfig, key: Array | None = None
 ) -> Array:
@@ -323,8 +281,8 @@ def forward_responses(
 
         (q_stem, q_own), (k_stem, k_own), (v_stem, v_own) = split(q), split(k), split(v)
         out_stem = causal_attention(q_stem, k_stem, v_stem) if stem else v_stem
-        to_stem = _scores("bktnh,bsnh->bknts", q_own, k_stem)
-        to_own = _scores("bktnh,bksnh->bknts", q_own, k_own)
+        to_stem = attention_scores("bktnh,bsnh->bknts", q_own, k_stem)
+        to_own = attention_scores("bktnh,bksnh->bknts", q_own, k_own)
         to_stem = jnp.where(valid[:, None, None, None], to_stem, NEG_INF)
         to_own = jnp.where(causal, to_own, NEG_INF)
         weights = jax.nn.softmax(jnp.concatenate([to_stem, to_own], -1), axis=-1)

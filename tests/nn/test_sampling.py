@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rlhf_jax.nn import sampling as sampling_module
+from rlhf_jax.nn.attention import NEG_INF
 from rlhf_jax.nn.sampling import (
     Sampling,
     contract_logits,
@@ -18,7 +19,7 @@ from rlhf_jax.nn.sampling import (
     prefill,
     sample_tokens,
 )
-from rlhf_jax.nn.transformer import NEG_INF, forward, forward_responses
+from rlhf_jax.nn.transformer import forward, forward_responses
 from rlhf_jax.objectives.language_modeling import token_logprobs
 
 JUST_BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))

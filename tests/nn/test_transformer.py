@@ -9,10 +9,10 @@ import oracle
 import pytest
 
 from rlhf_jax.nn import transformer as transformer_module
+from rlhf_jax.nn.attention import causal_attention
 from rlhf_jax.nn.heads import lm_logits
 from rlhf_jax.nn.transformer import (
     block,
-    causal_attention,
     forward,
     forward_responses,
     init_params,
@@ -87,33 +87,6 @@ def test_right_padding_changes_no_real_state(tiny, random_params):
     tokens = np.arange(6, dtype=np.int32)[None]
     padded = np.concatenate([tokens, np.full((1, 4), 7, np.int32)], axis=1)
     np.testing.assert_allclose(run(padded)[:, :6], run(tokens), atol=1e-5)
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_packed_documents_have_the_states_they_have_alone(
-    mode, tiny, random_params, norm
-):
-    """Attention never crosses the end of a document, and positions begin anew."""
-    cfg = tiny(norm=norm, document_end=3)
-    params = random_params(cfg)
-    documents = [[5, 7, 3], [3], [1, 1, 9, 4, 3], [8, 2]]
-    packed = np.array([sum(documents, [])], np.int32)
-    states = mode(lambda params, tokens: forward(params, tokens, cfg))(params, packed)
-    alone = [oracle.hidden_states(params, np.array(d), norm) for d in documents]
-    np.testing.assert_allclose(states[0], np.concatenate(alone), atol=1e-5, rtol=1e-5)
-
-
-def test_no_gradient_crosses_the_end_of_a_document(tiny, random_params):
-    """What is learned from one document does not depend on the one before it."""
-    cfg = tiny(document_end=3)
-    params = random_params(cfg)
-
-    def gradient(first):
-        tokens = jnp.array([[*first, 3, 6, 2, 9]])
-        loss = lambda p: jnp.sum(forward(p, tokens, cfg)[0, 3:] ** 3)  # noqa: E731
-        return jax.grad(loss)(params)
-
-    chex.assert_trees_all_close(gradient([5, 7]), gradient([1, 10]), rtol=1e-6)
 
 
 def test_positions_beyond_the_model_are_refused_with_advice(tiny, random_params):
