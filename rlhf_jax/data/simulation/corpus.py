@@ -1,11 +1,11 @@
 """Pre-training documents of the simulated world.
 
-Proportions are chosen so that GPT's behaviour in the paper can appear. Every third
-document that begins with an instruction is a list of instructions, and a block of
-prompts and answers goes on with the next prompt: text after an instruction alone does
-not end where an assistant would. Inside a block an answer follows each prompt, so
-examples in the context help; but the answers are web text, with mistakes, ignored
-constraints, mannerisms and rudeness. Facts come up often enough to be learned by heart.
+Proportions are chosen so that GPT's behaviour in the paper can appear. Of the documents
+that begin with an instruction about every third is a list of instructions, and a block
+of prompts and answers goes on with the next prompt: what follows an instruction alone
+may be another one. Inside a block an answer follows each prompt, so examples in the
+context help; but the answers are web text, with mistakes, ignored constraints,
+mannerisms and rudeness. Facts come up often enough to be learned by heart.
 """
 
 from __future__ import annotations
