@@ -56,7 +56,7 @@ def embedded() -> InstructGPT:
             model=TransformerConfig(
                 num_layers=3,
                 model_dim=64,
-                num_heads=4,
+                num_heads=2,
                 max_len=128,
                 embed_std=0.1,
             ),
@@ -91,7 +91,7 @@ def embedded() -> InstructGPT:
         ),
         reward_model=RewardModelConfig(
             num_epochs=2,
-            batch_size=12,
+            batch_size=4,
             prompt_len=28,
             response_len=24,
             optimizer=_adamw(6e-4, warmup_steps=10, b2=0.98),

@@ -242,18 +242,18 @@ def loss_difference(pair: str) -> Measure:
 
 
 def accuracy_gap(yardstick: str, yardstick_name: str, split: str) -> Measure:
-    """Reward-model accuracy on `split` minus the `yardstick` there."""
+    """Reward-model accuracy minus a `yardstick`, over the same pairs of `split`."""
 
     def measure(_: Document, reward_model: Document) -> Measurement:
-        accuracy, other = (
+        accuracy, other, gap = (
             find_estimate(reward_model, REWARD_MODEL_EVALUATION, key, split)
-            for key in ("accuracy", yardstick)
+            for key in ("accuracy", yardstick, f"minus_{yardstick}")
         )
         return Measurement(
-            independent_difference(accuracy, other),
-            f"Accuracy {format_estimate(accuracy, percent=True)}, {yardstick_name} "
-            f"{format_estimate(other, percent=True)}; the interval takes the two as "
-            "independent.",
+            gap,
+            f"Accuracy {format_estimate(accuracy, percent=True)} over all ordered "
+            f"pairs, {yardstick_name} {format_estimate(other, percent=True)}; the "
+            "difference is taken pair by pair where both are defined.",
         )
 
     return measure

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,12 @@ class Pairs:
         """The same for "the longer one is better"; equal lengths count half."""
         return _share(self.longer, self.prompt, None)
 
+    def minus_length_baseline(self) -> Estimate | None:
+        """Accuracy minus the length baseline, pair by pair."""
+        if self.margin.size == 0:
+            return None
+        return mean_estimate(_right(self.margin) - _right(self.longer), self.prompt)
+
 
 def _share(
     margin: np.ndarray, prompt: np.ndarray, keep: np.ndarray | None
@@ -52,36 +58,52 @@ def _share(
         margin, prompt = margin[keep], prompt[keep]
     if margin.size == 0:
         return None
-    right = np.where(margin > 0, 1.0, np.where(margin == 0, 0.5, 0.0))
-    return mean_estimate(right, clusters=prompt)
+    return mean_estimate(_right(margin), clusters=prompt)
 
 
-def labeler_agreement(rankings: Iterable[Ranking]) -> Estimate | None:
-    """How often two labelers order a pair alike, over pairs that neither ties.
+def _right(margin: np.ndarray) -> np.ndarray:
+    """1 where the better response has more, 1/2 where both have the same."""
+    return np.where(margin > 0, 1.0, np.where(margin == 0, 0.5, 0.0))
+
+
+def labeler_agreement(
+    rankings: Sequence[Ranking], scores: Sequence[np.ndarray]
+) -> tuple[Estimate, Estimate] | None:
+    """How often two labelers order a pair alike, and how the scores compare with them.
+
+    The scores are held against both labelers on the pairs that neither of them ties,
+    those on which they are held against each other.
 
     Args:
         rankings: of the same prompts and responses by several labelers.
+        scores: of each ranking's responses, [K].
 
     Returns:
-        The rate, clustered by prompt; None where no two labelers ranked the same.
+        The rate of agreement, and the share of orders that the scores predict minus
+        it, both clustered by prompt; None where no two labelers ranked the same.
     """
-    groups: dict[Any, list[Ranking]] = defaultdict(list)
-    for ranking in rankings:
+    groups: dict[Any, list[tuple[Ranking, np.ndarray]]] = defaultdict(list)
+    for ranking, values in zip(rankings, scores, strict=True):
         if ranking.labeler is not None:
-            groups[ranking.prompt, ranking.responses].append(ranking)
+            groups[ranking.prompt, ranking.responses].append((ranking, values))
     agree: list[float] = []
+    gain: list[float] = []
     prompts: list[int] = []
     for number, group in enumerate(groups.values()):
-        for a, b in itertools.combinations(group, 2):
+        for (a, values), (b, _) in itertools.combinations(group, 2):
             if a.labeler == b.labeler:
                 continue
             for i, j in itertools.combinations(range(len(a.ranks)), 2):
-                first = np.sign(a.ranks[i] - a.ranks[j])
-                second = np.sign(b.ranks[i] - b.ranks[j])
+                first = np.sign(a.ranks[j] - a.ranks[i])  # 1: i is better
+                second = np.sign(b.ranks[j] - b.ranks[i])
                 if first and second:
+                    margins = np.array([first, second]) * (values[i] - values[j])
                     agree.append(float(first == second))
+                    gain.append(float(_right(margins).mean()) - agree[-1])
                     prompts.append(number)
-    return mean_estimate(agree, clusters=prompts) if agree else None
+    if not agree:
+        return None
+    return mean_estimate(agree, clusters=prompts), mean_estimate(gain, clusters=prompts)
 
 
 def ranking_report(
@@ -97,7 +119,8 @@ def ranking_report(
 
     Returns:
         accuracy and length baseline by part and by file, accuracy by labeler, margin
-        and length difference, agreement of the labelers.
+        and length difference, agreement of the labelers; and the accuracy minus the
+        length baseline and minus the agreement, over the same pairs each.
     """
     parts = dict(parts)
     if "test" in parts:
@@ -113,15 +136,22 @@ def ranking_report(
     prompt = np.concatenate([p.prompt + 10**6 * n for n, p in enumerate(held)])
     labelers = np.array([str(x) for p in held for x in p.labeler])
 
-    def agreement(name: str) -> Any:
-        return _json(labeler_agreement(parts[name][0])) if name in parts else None
+    asked = {
+        "train_labelers": "held_out_prompts",
+        "held_out_labelers": "held_out_labelers",
+    }
+    agreement, minus_agreement = {}, {}
+    for name, part in asked.items():
+        both = labeler_agreement(*parts[part][:2]) if part in parts else None
+        agreement[name], minus_agreement[name] = map(_json, both or (None, None))
 
     return {
         "accuracy": {name: _json(p.accuracy()) for name, p in pairs.items()},
         "length_baseline": {n: _json(p.length_baseline()) for n, p in pairs.items()},
-        "agreement": {
-            "train_labelers": agreement("held_out_prompts"),
-            "held_out_labelers": agreement("held_out_labelers"),
+        "agreement": agreement,
+        "minus_agreement": minus_agreement,
+        "minus_length_baseline": {
+            name: _json(p.minus_length_baseline()) for name, p in pairs.items()
         },
         "by_labeler": {
             name: _json(_share(margin, prompt, labelers == name))

@@ -242,23 +242,6 @@ def reward_measure(reward: Model, mesh: jax.sharding.Mesh) -> Callable:
     return functools.partial(score, reward.params)
 
 
-def mean_reward(
-    model: Model,
-    reward: Model,
-    prompts: Sequence[str],
-    sampling: Sampling,
-    ctx: Context,
-    prompt_len: int,
-) -> float:
-    """Mean score of one sample to each prompt: reward units."""
-    sampler = Sampler(model, sampling, prompt_len, 64, ctx)
-    measures = {"reward": reward_measure(reward, ctx.mesh)}
-    _, values = sampler.measured(
-        model.params, prompts, ctx.key("sft_selected"), measures
-    )
-    return float(values["reward"].mean())
-
-
 def fitting(prompts: list[str], model: Model, prompt_len: int) -> list[str]:
     """The prompts that fit; how many did not is told."""
     ids = (model.format.encode_prompt(model.tokenizer, p) for p in prompts)

@@ -17,7 +17,7 @@ from rlhf_jax.stages.common import (
     save_model,
 )
 from rlhf_jax.stages.pretrain import corpus_batches, lm_loss, make_heldout_loss
-from rlhf_jax.stages.scoring import fitting, mean_reward
+from rlhf_jax.stages.scoring import Sampler, fitting, reward_measure
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.training.loop import LoopConfig, run_loop
 from rlhf_jax.training.mesh import jit_step, state_sharding
@@ -214,14 +214,16 @@ def select(cfg: SFTConfig, ctx: Context, sampling: Sampling, name: str = "sft") 
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
         model.params,
     )
+    sampler = Sampler(model, sampling, prompt_len, 64, ctx)
+    measure = reward_measure(reward, ctx.mesh)
     rewards = {}
     best: tuple[float, Any] | None = None
     for path in sorted((parents[name].path / "epochs").iterdir()):
         params = load_params(path, like)
-        candidate = dataclasses.replace(model, params=params)
-        rewards[path.name] = mean_reward(
-            candidate, reward, prompts, sampling, ctx, prompt_len
+        _, values = sampler.measured(
+            params, prompts, ctx.key("sft_selected"), {"reward": measure}
         )
+        rewards[path.name] = float(values["reward"].mean())
         if best is None or rewards[path.name] > best[0]:
             best = (rewards[path.name], params)
     if best is None:

@@ -79,6 +79,8 @@ def reward_model() -> dict[str, Any]:
         },
         "length_baseline": {"held_out_prompts": est(0.53, 0.57)},
         "agreement": {"held_out_labelers": est(0.71, 0.75)},
+        "minus_length_baseline": {"held_out_prompts": est(0.16, 0.22)},
+        "minus_agreement": {"held_out_labelers": est(-0.02, 0.02)},
     }
 
 
@@ -209,18 +211,20 @@ def test_a_missing_or_null_input_is_inconclusive_and_named(name, path):
 
 
 def test_reward_model_claims_read_their_own_file():
-    document = put(reward_model(), est(0.6, 0.64), "accuracy", "held_out_labelers")
     name = "reward_model_predicts_held_out_labelers"
+    gap = ("minus_agreement", "held_out_labelers")
+    document = put(reward_model(), est(-0.09, -0.06), *gap)
     assert judge(claim(name), {}, document).verdict == BAD
     # 4 points below the agreement, but known too coarsely.
-    document = put(reward_model(), est(0.64, 0.74), "accuracy", "held_out_labelers")
+    document = put(reward_model(), est(-0.08, 0.0), *gap)
     assert judge(claim(name), {}, document).verdict == UNSURE
     # Real data: nobody was held out, so nothing can be said.
     result = judge(claim(name), {}, put(reward_model(), None, "agreement"))
     assert result.verdict == UNSURE
     assert "reward_model/evaluation.json has no agreement" in result.detail
 
-    document = put(reward_model(), est(0.8, 0.9), "length_baseline", "held_out_prompts")
+    gap = ("minus_length_baseline", "held_out_prompts")
+    document = put(reward_model(), est(-0.1, -0.02), *gap)
     assert judge(claim("reward_model_beats_length"), {}, document).verdict == BAD
 
 

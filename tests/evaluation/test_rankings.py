@@ -1,0 +1,85 @@
+"""The reward model beside labelers and length: the same pairs on both sides."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data.records import Ranking
+from rlhf_jax.evaluation.rankings import Pairs, labeler_agreement
+
+
+def ranking(labeler: str, *ranks: int, prompt: str = "p") -> Ranking:
+    responses = tuple(f"r{k}" for k in range(len(ranks)))
+    return Ranking(prompt, responses, ranks, (True,) * len(ranks), labeler)
+
+
+def test_a_pair_that_one_labeler_ties_counts_on_neither_side():
+    # a and b order (0, 1) alike; b ties (0, 2) and (1, 2) is disputed
+    rankings = [ranking("a", 1, 2, 3), ranking("b", 1, 2, 1)]
+    scores = [np.array([2.0, 1.0, 0.0])] * 2  # as a says
+    found = labeler_agreement(rankings, scores)
+    assert found is not None
+    agreement, gap = found
+    assert agreement.mean == pytest.approx(1 / 2)
+    # (0, 1): right for both. (1, 2): right for a alone, one half
+    assert gap.mean == pytest.approx((1 + 1 / 2) / 2 - 1 / 2)
+
+
+def test_agreement_and_gap_equal_a_loop_over_pairs_of_labelers():
+    rng = np.random.default_rng(0)
+    rankings, scores = [], []
+    agree, predicted = [], []
+    for prompt in range(40):
+        K = int(rng.integers(2, 6))
+        values = rng.normal(size=K)
+        group = [rng.integers(1, 4, K) for _ in range(3)]
+        for name, ranks in zip("abc", group, strict=True):
+            rankings.append(ranking(name, *map(int, ranks), prompt=str(prompt)))
+            scores.append(values)
+        for x, y in itertools.combinations(group, 2):
+            for i in range(K):
+                for j in range(i):
+                    if x[i] != x[j] and y[i] != y[j]:
+                        agree.append((x[i] < x[j]) == (y[i] < y[j]))
+                        for z in (x, y):
+                            predicted.append((z[i] < z[j]) == (values[i] > values[j]))
+    found = labeler_agreement(rankings, scores)
+    assert found is not None
+    agreement, gap = found
+    assert agreement.mean == pytest.approx(np.mean(agree))
+    assert gap.mean == pytest.approx(np.mean(predicted) - np.mean(agree))
+    assert gap.low < gap.mean < gap.high
+
+
+def test_scores_of_the_true_utility_do_better_than_labelers_do_between_themselves():
+    rng = np.random.default_rng(1)
+    rankings, scores = [], []
+    for prompt in range(300):
+        utility = rng.normal(size=5)
+        for name in ("a", "b"):
+            order = np.argsort(-(utility + rng.normal(size=5)))
+            ranks = np.empty(5, int)
+            ranks[order] = np.arange(1, 6)
+            rankings.append(ranking(name, *map(int, ranks), prompt=str(prompt)))
+            scores.append(utility)
+    found = labeler_agreement(rankings, scores)
+    assert found is not None and found[1].low > 0.0
+
+
+def test_nobody_agrees_with_himself_or_about_other_responses():
+    twice = [ranking("a", 1, 2), ranking("a", 1, 2)]
+    other = [ranking("a", 1, 2), ranking("b", 1, 2, prompt="q")]
+    for rankings in (twice, other):
+        assert labeler_agreement(rankings, [np.array([1.0, 0.0])] * 2) is None
+
+
+def test_accuracy_minus_length_is_taken_pair_by_pair():
+    rankings = [ranking("a", 1, 2), ranking("a", 1, 2, prompt="q")]
+    scores = [np.array([1.0, 0.0]), np.array([0.0, 0.0])]
+    lengths = np.array([3, 5, 7, 4])
+    pairs = Pairs((rankings, scores, lengths))
+    gap = pairs.minus_length_baseline()
+    assert gap is not None
+    # the first: right, shorter (1 - 0); the second: no opinion, longer (1/2 - 1)
+    assert gap.mean == pytest.approx((1.0 - 0.5) / 2)
