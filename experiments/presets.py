@@ -42,7 +42,7 @@ def embedded() -> InstructGPT:
         ema_decay=0.98,
         missing_eos_score=-3.0,
         ptx_len=64,
-        eval_prompts=128,
+        eval_prompts=200,
         loop=LoopConfig(checkpoint_every=15, eval_every=20),
         **prompts,
     )
@@ -87,7 +87,7 @@ def embedded() -> InstructGPT:
             few_shot_len=68,
             num_few_shot=2,
             sampling=sampling,
-            batch_size=256,
+            batch_size=200,
         ),
         reward_model=RewardModelConfig(
             num_epochs=2,
@@ -106,7 +106,7 @@ def embedded() -> InstructGPT:
             num_few_shot=2,
             sampling=sampling,
             text_len=128,
-            batch_size=256,
+            batch_size=200,
         ),
     )
 

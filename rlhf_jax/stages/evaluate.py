@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data.sources import DataError
@@ -21,8 +20,8 @@ from rlhf_jax.stages.scoring import (
     Response,
     Sampler,
     fitting,
+    make_kl,
     response_scores,
-    sequence_kl,
 )
 from rlhf_jax.training.mesh import replicated, shard_batch
 from rlhf_jax.training.run_dir import read_json, write_text
@@ -139,10 +138,7 @@ class Measurer:
         self._few_shot = Sampler(
             reference, sampling, cfg.few_shot_len, cfg.batch_size, ctx
         )
-        self._kl = jax.jit(
-            functools.partial(sequence_kl, sampling=sampling, model=model),
-            out_shardings=whole,
-        )
+        self._kl = make_kl(reference, sampling, ctx.mesh)
         self._scores = jax.jit(
             functools.partial(response_scores, model=reward.cfg), out_shardings=whole
         )
@@ -166,12 +162,7 @@ class Measurer:
             examples = few_shot_examples(self._ctx, self._cfg.num_few_shot)
             given = [model.format.few_shot_prompt(examples, p) for p in given]
             sampler = self._few_shot
-        temperature = jnp.float32(self._cfg.sampling.temperature)
-
-        def kl(prompts, prompt_lengths, rollout):
-            params = (model.params, self._reference.params)
-            return self._kl(*params, prompts, prompt_lengths, rollout, temperature)
-
+        kl = functools.partial(self._kl, model.params)
         fields = ("texts", "ended", "lengths", "rewards", "kl")
         measured: dict[str, Any] = {field: [] for field in fields}
         for sample in range(self._cfg.num_samples):

@@ -29,9 +29,9 @@ from rlhf_jax.stages.ppo_state import (
     init_ppo_state,
 )
 from rlhf_jax.stages.pretrain import corpus_batches, make_heldout_loss
-from rlhf_jax.stages.scoring import Sampler, fitting, reward_measure, sequence_kl
+from rlhf_jax.stages.scoring import Sampler, fitting, make_kl, reward_measure
 from rlhf_jax.training.loop import run_loop
-from rlhf_jax.training.mesh import jit_step, replicated, state_sharding
+from rlhf_jax.training.mesh import jit_step, state_sharding
 from rlhf_jax.training.run_dir import write_text
 
 
@@ -161,30 +161,15 @@ def make_evaluate(
     records = ctx.inputs.read("eval_prompts", "test")
     prompts = [records[i].prompt for i in range(len(records))]
     prompts = fitting(prompts, reference, cfg.prompt_len)[: cfg.eval_prompts]
-    sampler = Sampler(reference, cfg.sampling, cfg.prompt_len, 128, ctx)
+    sampler = Sampler(reference, cfg.sampling, cfg.prompt_len, cfg.eval_prompts, ctx)
     text = corpus_batches(ctx, reference.tokenizer, "valid", 8, cfg.ptx_len, None)
     pretrain_loss = make_heldout_loss(reference.cfg, text, ctx.mesh, 16)
-    temperature = jnp.float32(cfg.sampling.temperature)
-
-    @functools.partial(jax.jit, out_shardings=replicated(ctx.mesh))
-    def kl(policy, ref, prompts, prompt_lengths, rollout):
-        return sequence_kl(
-            policy,
-            ref,
-            prompts,
-            prompt_lengths,
-            rollout,
-            temperature,
-            cfg.sampling,
-            reference.cfg,
-        )
+    kl = make_kl(reference, cfg.sampling, ctx.mesh)
+    score = reward_measure(reward, ctx.mesh)
 
     def evaluate(state: PPOState, step: int) -> dict[str, float]:
         policy = state.params["policy"]
-        measures = {
-            "score": reward_measure(reward, ctx.mesh),
-            "kl": functools.partial(kl, policy, reference.params),
-        }
+        measures = {"score": score, "kl": functools.partial(kl, policy)}
         key = ctx.key("ppo/heldout")
         responses, values = sampler.measured(policy, prompts, key, measures)
         rows = [

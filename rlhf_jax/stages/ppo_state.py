@@ -85,7 +85,7 @@ class PPOConfig:
     ptx_len: int = 1024
     """Tokens of a pre-training example (not published by IG)."""
     eval_prompts: int = 256
-    """Held-out prompts the policy is looked at with while it learns."""
+    """Held-out prompts the policy is looked at with while it learns, all at once."""
     loop: LoopConfig = LoopConfig(checkpoint_every=20, eval_every=20)
     """How often to save and evaluate, in iterations."""
 

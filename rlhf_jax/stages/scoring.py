@@ -242,6 +242,27 @@ def reward_measure(reward: Model, mesh: jax.sharding.Mesh) -> Callable:
     return functools.partial(score, reward.params)
 
 
+def make_kl(
+    reference: Model, sampling: Sampling, mesh: jax.sharding.Mesh
+) -> Callable[[Any, Array, Array, Rollout], Array]:
+    """Returns `(policy, prompts, prompt_lengths, rollout) -> KL to the reference, [B]`.
+
+    Nats per response, see `sequence_kl`; compiled once.
+    """
+    compiled = jax.jit(
+        functools.partial(sequence_kl, sampling=sampling, model=reference.cfg),
+        out_shardings=replicated(mesh),
+    )
+    temperature = jnp.float32(sampling.temperature)
+
+    def kl(policy, prompts, prompt_lengths, rollout):
+        return compiled(
+            policy, reference.params, prompts, prompt_lengths, rollout, temperature
+        )
+
+    return kl
+
+
 def fitting(prompts: list[str], model: Model, prompt_len: int) -> list[str]:
     """The prompts that fit; how many did not is told."""
     ids = (model.format.encode_prompt(model.tokenizer, p) for p in prompts)
