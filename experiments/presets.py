@@ -31,7 +31,7 @@ def embedded() -> InstructGPT:
     sampling = Sampling(response_len=24)
     prompts = {"prompt_len": 28, "sampling": sampling}
     ppo = PPOConfig(
-        num_iterations=45,
+        num_iterations=40,
         batch_size=128,
         num_minibatches=8,
         policy_optimizer=_adamw(
@@ -95,7 +95,7 @@ def embedded() -> InstructGPT:
             prompt_len=28,
             response_len=24,
             optimizer=_adamw(6e-4, warmup_steps=10, b2=0.98),
-            loop=LoopConfig(checkpoint_every=100, eval_every=100),
+            loop=LoopConfig(checkpoint_every=500, eval_every=500),
         ),
         ppo=ppo,
         ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),
