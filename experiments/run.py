@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import jax
 import tyro
@@ -16,7 +17,7 @@ from rlhf_jax.stages.invariants import InvariantError
 from rlhf_jax.training.checkpoint import CheckpointError
 from rlhf_jax.training.host import keep_freed_memory
 from rlhf_jax.training.metrics import NonFiniteError
-from rlhf_jax.training.run_dir import RunDirError
+from rlhf_jax.training.run_dir import RunDirError, lock_run
 
 
 def make_context(cfg: InstructGPT) -> Context:
@@ -79,7 +80,8 @@ def main(
         jax.distributed.initialize()
     try:
         cfg.check(jax.device_count())
-        stages(cfg, make_context(cfg))
+        with lock_run(cfg.run) if jax.process_index() == 0 else nullcontext():
+            stages(cfg, make_context(cfg))
     except (
         DataError,
         RunDirError,

@@ -1,12 +1,14 @@
 """A stage's directory: what it was made from, and what it hands to the next stage."""
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rlhf_jax.nn.config import TransformerConfig
 
@@ -24,6 +26,36 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def lock_run(run: Path) -> TextIO:
+    """Makes a run this process's own until the process ends, however it ends.
+
+    Args:
+        run: directory of the run; made if it is not there.
+
+    Returns:
+        The open lock file; closing it gives the run free.
+
+    Raises:
+        RunDirError: another process is writing the run.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    file = (run / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "its process is not known"
+        file.close()
+        raise RunDirError(
+            f"{run}: another command is writing this run ({owner}). Wait until it has "
+            "ended, stop it, or use another --run"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
 
 
 def file_hash(path: Path) -> str:

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.training.run_dir import (
     RunDirError,
     StageDir,
+    lock_run,
     model_from_json,
     read_json,
     to_json,
@@ -165,3 +170,20 @@ def test_a_model_comes_back_as_it_was_written(tmp_path):
     write_text(path, json.dumps({"kind": "reward_model", "num_layers": 3}))
     with pytest.raises(RunDirError, match="another version"):
         model_from_json(path)
+
+
+def test_a_run_belongs_to_one_process_until_that_is_killed(tmp_path):
+    code = (
+        "import sys, time, pathlib; from rlhf_jax.training.run_dir import lock_run; "
+        f"lock = lock_run(pathlib.Path({str(tmp_path)!r})); print('mine', flush=True); "
+        "time.sleep(100)"
+    )
+    args = [sys.executable, "-c", code]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None and owner.stdout.readline() == "mine\n"
+        with pytest.raises(RunDirError, match=f"process {owner.pid} .* another --run"):
+            lock_run(tmp_path)
+        os.kill(owner.pid, signal.SIGKILL)
+        owner.wait()
+        lock_run(tmp_path).close()
+        lock_run(tmp_path).close()  # and it was given free
