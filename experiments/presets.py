@@ -49,7 +49,7 @@ def embedded() -> InstructGPT:
     return InstructGPT(
         run=Path("runs/instructgpt"),
         simulation=SimulationConfig(
-            num_demonstrations=120, num_ranking_prompts=4000, num_eval_prompts=400
+            num_demonstrations=120, num_ranking_prompts=4000, num_eval_prompts=800
         ),
         tokenizer=TokenizerConfig(vocab_size=768),
         pretrain=PretrainConfig(
@@ -76,7 +76,7 @@ def embedded() -> InstructGPT:
         ),
         sft_rl=SFTConfig(
             num_epochs=2,
-            batch_size=8,
+            batch_size=2,
             seq_len=52,
             pretrain_fraction=0.1,
             optimizer=_adamw(6e-4),
@@ -100,7 +100,7 @@ def embedded() -> InstructGPT:
         ppo=ppo,
         ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),
         evaluate=EvaluateConfig(
-            num_samples=3,
+            num_samples=2,
             prompt_len=28,
             few_shot_len=68,
             num_few_shot=2,

@@ -1,0 +1,550 @@
+"""Does the suite notice a wrong formula? Each mutation must make its tests fail.
+
+    python tests/mutations.py [--write] [part of a name ...]
+
+Every mutation changes one line of a copy of the package, then runs the tests that are
+named for it. `--write` puts the table into docs/mutations.md.
+"""
+
+import argparse
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """One wrong line: `old`, which occurs once in `file`, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    """Files below tests/ to run, the likeliest first."""
+
+
+_MASKING = "rlhf_jax/objectives/masking.py"
+_ADVANTAGES = "rlhf_jax/objectives/advantages.py"
+_PPO = "rlhf_jax/objectives/ppo.py"
+_RANKING = "rlhf_jax/objectives/ranking.py"
+_LM = "rlhf_jax/objectives/language_modeling.py"
+_TRANSFORMER = "rlhf_jax/nn/transformer.py"
+_ATTENTION = "rlhf_jax/nn/attention.py"
+_SAMPLING = "rlhf_jax/nn/sampling.py"
+_HEADS = "rlhf_jax/nn/heads.py"
+_EXPERIENCE = "rlhf_jax/stages/experience.py"
+_UPDATE = "rlhf_jax/stages/ppo.py"
+_REWARD = "rlhf_jax/stages/reward_model.py"
+_SCORING = "rlhf_jax/stages/scoring.py"
+_STEP = "rlhf_jax/training/step.py"
+_LOOP = "rlhf_jax/training/loop.py"
+_OPTIMIZERS = "rlhf_jax/training/optimizers.py"
+_METRICS = "rlhf_jax/training/metrics.py"
+_BATCHES = "rlhf_jax/data/batches.py"
+_SCHEDULE = "rlhf_jax/data/schedule.py"
+
+_T_PPO = "objectives/test_ppo.py"
+_T_ADVANTAGES = "objectives/test_advantages.py"
+_T_UPDATE = "stages/test_ppo.py"
+_T_EXPERIENCE = "stages/test_experience.py"
+_T_SAMPLING = "nn/test_sampling.py"
+_T_TRANSFORMER = "nn/test_transformer.py"
+_T_BATCHES = "data/test_batches.py"
+
+MUTATIONS = (
+    Mutation(
+        "KL penalty with the wrong sign",
+        _ADVANTAGES,
+        "penalty = -kl_coef *",
+        "penalty = kl_coef *",
+        _T_ADVANTAGES,
+    ),
+    Mutation(
+        "score one token late",
+        _ADVANTAGES,
+        "jnp.where(steps == lengths[:, None] - 1, scores",
+        "jnp.where(steps == lengths[:, None], scores",
+        _T_ADVANTAGES,
+    ),
+    Mutation(
+        "KL penalty on padding",
+        _ADVANTAGES,
+        "return jnp.where(steps < lengths[:, None], penalty + at_end, 0.0)",
+        "return penalty + at_end",
+        _T_ADVANTAGES,
+    ),
+    Mutation(
+        "GAE reads its own value as the next",
+        _ADVANTAGES,
+        "rewards + discounts * next_values - values",
+        "rewards + discounts * values - values",
+        _T_ADVANTAGES,
+    ),
+    Mutation(
+        "GAE without lambda",
+        _ADVANTAGES,
+        "advantage = delta + discount * lam * advantage",
+        "advantage = delta + discount * advantage",
+        _T_ADVANTAGES,
+    ),
+    Mutation(
+        "GAE runs forwards",
+        _ADVANTAGES,
+        "(deltas, discounts), reverse=True)",
+        "(deltas, discounts), reverse=False)",
+        _T_ADVANTAGES,
+    ),
+    Mutation(
+        "the value after the end leaks in",
+        _ADVANTAGES,
+        "discounts = jnp.where(steps < lengths[:, None] - 1, gamma, 0.0)",
+        "discounts = jnp.where(steps < lengths[:, None], gamma, 0.0)",
+        f"{_T_ADVANTAGES} {_T_EXPERIENCE}",
+    ),
+    Mutation(
+        "returns without values",
+        _ADVANTAGES,
+        "jnp.where(mask, advantages + values, 0.0)",
+        "jnp.where(mask, advantages, 0.0)",
+        _T_ADVANTAGES,
+    ),
+    Mutation(
+        "adaptive KL moves the wrong way",
+        _ADVANTAGES,
+        "jnp.clip(kl / target - 1.0",
+        "jnp.clip(1.0 - kl / target",
+        _T_ADVANTAGES,
+    ),
+    Mutation(
+        "maximum for minimum in the clipped objective",
+        _PPO,
+        "jnp.minimum(ratio * advantages",
+        "jnp.maximum(ratio * advantages",
+        _T_PPO,
+    ),
+    Mutation(
+        "inverted ratio",
+        _PPO,
+        "ratio = jnp.exp(logprobs - old_logprobs)",
+        "ratio = jnp.exp(old_logprobs - logprobs)",
+        _T_PPO,
+    ),
+    Mutation(
+        "clip of one side",
+        _PPO,
+        "clipped = jnp.clip(ratio, 1.0 - clip, 1.0 + clip)",
+        "clipped = jnp.minimum(ratio, 1.0 + clip)",
+        _T_PPO,
+    ),
+    Mutation(
+        "minimum for maximum in the value loss",
+        _PPO,
+        "0.5 * jnp.maximum(jnp.square(values",
+        "0.5 * jnp.minimum(jnp.square(values",
+        _T_PPO,
+    ),
+    Mutation(
+        "value clipped around the return",
+        _PPO,
+        "near = old_values + jnp.clip",
+        "near = returns + jnp.clip",
+        _T_PPO,
+    ),
+    Mutation(
+        "k3 of the other direction",
+        _PPO,
+        '"k3": jnp.expm1(-d) + d}',
+        '"k3": jnp.expm1(d) - d}',
+        _T_PPO,
+    ),
+    Mutation(
+        "unmasked mean",
+        _MASKING,
+        "jnp.sum(jnp.where(weights != 0, x, 0.0) * weights)",
+        "jnp.mean(x)",
+        "objectives/test_masking.py",
+    ),
+    Mutation(
+        "weights that sum to the number of tokens",
+        _MASKING,
+        "return mask / jnp.where(total > 0, total, 1.0)",
+        "return mask",
+        "objectives/test_masking.py",
+    ),
+    Mutation(
+        "whitening over padding",
+        _MASKING,
+        "mean = masked_mean(x, mask)\n    white",
+        "mean = jnp.mean(x)\n    white",
+        "objectives/test_masking.py",
+    ),
+    Mutation(
+        "whitening that drops the mean it should keep",
+        _MASKING,
+        "white if shift_mean else white + mean",
+        "white + mean if shift_mean else white",
+        "objectives/test_masking.py",
+    ),
+    Mutation(
+        "mask one token long",
+        _MASKING,
+        "return steps < lengths[..., None]",
+        "return steps <= lengths[..., None]",
+        "objectives/test_masking.py",
+    ),
+    Mutation(
+        "the worse response preferred",
+        _RANKING,
+        "ranks[..., :, None] < ranks[..., None, :]",
+        "ranks[..., :, None] > ranks[..., None, :]",
+        "objectives/test_ranking.py",
+    ),
+    Mutation(
+        "ties as pairs",
+        _RANKING,
+        "better = ranks[..., :, None] < ranks",
+        "better = ranks[..., :, None] <= ranks",
+        "objectives/test_ranking.py",
+    ),
+    Mutation(
+        "absent responses as pairs",
+        _RANKING,
+        "better & present[..., :, None] & present[..., None, :]",
+        "better",
+        "objectives/test_ranking.py",
+    ),
+    Mutation(
+        "sum over the pairs of a prompt",
+        _RANKING,
+        "return jnp.sum(nll, axis=(1, 2)) / jnp.maximum(num_pairs, 1.0)",
+        "return jnp.sum(nll, axis=(1, 2))",
+        "objectives/test_ranking.py",
+    ),
+    Mutation(
+        "entropy with the wrong sign",
+        _LM,
+        "-jnp.sum(jnp.exp(logprobs) * logprobs",
+        "jnp.sum(jnp.exp(logprobs) * logprobs",
+        "objectives/test_language_modeling.py",
+    ),
+    Mutation(
+        "attention to the next token",
+        _ATTENTION,
+        "mask = jnp.tril(jnp.ones((T, T), bool))[None]",
+        "mask = jnp.tril(jnp.ones((T, T), bool), 1)[None]",
+        _T_TRANSFORMER,
+    ),
+    Mutation(
+        "attention across documents",
+        _ATTENTION,
+        "mask = mask & (documents",
+        "mask = mask | (documents",
+        "nn/test_attention.py",
+    ),
+    Mutation(
+        "a document that does not hold its end",
+        _ATTENTION,
+        "jnp.concatenate([first, tokens[:, :-1] == end], axis=1)",
+        "tokens == end",
+        "nn/test_attention.py",
+    ),
+    Mutation(
+        "a response reads the padding of its prompt",
+        _TRANSFORMER,
+        "valid = jnp.arange(stem)[None] < prompt_lengths[:, None] - 1",
+        "valid = jnp.arange(stem)[None] < stem + 0 * prompt_lengths[:, None]",
+        _T_TRANSFORMER,
+    ),
+    Mutation(
+        "positions that go on after the padding of the prompt",
+        _TRANSFORMER,
+        "jnp.tile(prompt_lengths[:, None] - 1 + jnp.arange(R + 1)[None], (1, K))",
+        "jnp.tile(0 * prompt_lengths[:, None] + stem + jnp.arange(R + 1)[None], (1, K))",
+        _T_TRANSFORMER,
+    ),
+    Mutation(
+        "dropout that does not keep the mean",
+        _TRANSFORMER,
+        "jnp.where(keep, x / (1.0 - rate)",
+        "jnp.where(keep, x",
+        _T_TRANSFORMER,
+    ),
+    Mutation(
+        "multiplied by the temperature",
+        _SAMPLING,
+        "logits = logits / temperature",
+        "logits = logits * temperature",
+        _T_SAMPLING,
+    ),
+    Mutation(
+        "top-p with the token that passes p left out",
+        _SAMPLING,
+        "jnp.cumsum(probs, axis=-1) - probs",
+        "jnp.cumsum(probs, axis=-1)",
+        _T_SAMPLING,
+    ),
+    Mutation(
+        "the same random number at every step",
+        _SAMPLING,
+        "jax.random.uniform(jax.random.fold_in(key, t), (B,))",
+        "jax.random.uniform(key, (B,))",
+        _T_SAMPLING,
+    ),
+    Mutation(
+        "decoding one position late",
+        _SAMPLING,
+        "params, cache, tokens, prompt_lengths - 1 + t, stem + t",
+        "params, cache, tokens, prompt_lengths + t, stem + t",
+        _T_SAMPLING,
+    ),
+    Mutation(
+        "end-of-text not counted",
+        _SAMPLING,
+        "lengths=rollout.lengths + alive.astype(jnp.int32)",
+        "lengths=rollout.lengths + (alive & (drawn != eos_id)).astype(jnp.int32)",
+        _T_SAMPLING,
+    ),
+    Mutation(
+        "rows go on after their end",
+        _SAMPLING,
+        "return t + 1, drawn, alive & (drawn != eos_id), cache",
+        "return t + 1, drawn, alive, cache",
+        _T_SAMPLING,
+    ),
+    Mutation(
+        "the shift of the head is added",
+        _HEADS,
+        '+ head["b"] - jax.lax',
+        '+ head["b"] + jax.lax',
+        "nn/test_heads.py",
+    ),
+    Mutation(
+        "score read before the last token",
+        _SCORING,
+        "last = jnp.take_along_axis(hidden, lengths[:, :, None, None], axis=2)",
+        "last = jnp.take_along_axis(hidden, lengths[:, :, None, None] - 1, axis=2)",
+        f"stages/test_reward_model.py {_T_EXPERIENCE}",
+    ),
+    Mutation(
+        "centring moves scores away from 0",
+        _REWARD,
+        'shift = head["shift"] + jnp.float32(np.mean',
+        'shift = head["shift"] - jnp.float32(np.mean',
+        "stages/test_reward_model.py",
+    ),
+    Mutation(
+        "KL to the policy itself",
+        _EXPERIENCE,
+        "policy_logprobs(frozen.reference, *ids",
+        "policy_logprobs(policy, *ids",
+        _T_EXPERIENCE,
+    ),
+    Mutation(
+        "missing end-of-text punished where it is there",
+        _EXPERIENCE,
+        "jnp.where(rollout.ended, raw_scores, cfg.missing_eos_score)",
+        "jnp.where(rollout.ended, cfg.missing_eos_score, raw_scores)",
+        _T_EXPERIENCE,
+    ),
+    Mutation(
+        "values after each token",
+        _EXPERIENCE,
+        "values = all_values[:, :-1]",
+        "values = all_values[:, 1:]",
+        _T_EXPERIENCE,
+    ),
+    Mutation(
+        "the same rollout key in every iteration",
+        _EXPERIENCE,
+        "jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0)",
+        "jax.random.fold_in(state.key, 0)",
+        f"{_T_EXPERIENCE} {_T_UPDATE}",
+    ),
+    Mutation(
+        "policy loss that is maximised",
+        _UPDATE,
+        "policy_loss = -masked_sum(",
+        "policy_loss = masked_sum(",
+        _T_UPDATE,
+    ),
+    Mutation(
+        "value loss without its coefficient",
+        _UPDATE,
+        "return policy_loss + scalars.value_coef * value_loss, extras",
+        "return policy_loss + value_loss, extras",
+        _T_UPDATE,
+    ),
+    Mutation(
+        "PPO-ptx without its coefficient",
+        _UPDATE,
+        "lambda g: scalars.ptx_coef * g",
+        "lambda g: g",
+        _T_UPDATE,
+    ),
+    Mutation(
+        "average with swapped decay",
+        _UPDATE,
+        "decay * a + (1.0 - decay) * p",
+        "(1.0 - decay) * a + decay * p",
+        _T_UPDATE,
+    ),
+    Mutation(
+        "the same minibatches in every epoch",
+        _UPDATE,
+        "jax.random.fold_in(jax.random.fold_in(key, purpose), e)",
+        "jax.random.fold_in(key, purpose)",
+        _T_UPDATE,
+    ),
+    Mutation(
+        "only the last microbatch counts",
+        _STEP,
+        "return jax.tree.map(jnp.add, carry, (loss, sums, grads)), arrays",
+        "return (loss, sums, grads), arrays",
+        "training/test_step.py",
+    ),
+    Mutation(
+        "one dropout mask for all steps",
+        _STEP,
+        "key = jax.random.fold_in(state.key, state.step)",
+        "key = state.key",
+        "training/test_step.py",
+    ),
+    Mutation(
+        "a resumed run repeats its last step",
+        _LOOP,
+        "first, state = restored",
+        "first, state = restored[0] - 1, restored[1]",
+        "training/test_loop.py",
+    ),
+    Mutation(
+        "an update is saved before it was checked",
+        _LOOP,
+        "written(step, writer.flush())  # an update is kept only once it was checked",
+        "pass",
+        "training/test_loop.py",
+    ),
+    Mutation(
+        "metrics of lost updates stay",
+        _METRICS,
+        'if line["step"] <= first_step]',
+        'if line["step"] <= first_step + 1]',
+        "training/test_metrics.py",
+    ),
+    Mutation(
+        "weight decay on biases",
+        _OPTIMIZERS,
+        'in_blocks and names[-1] == "w"',
+        "in_blocks",
+        "training/test_optimizers.py",
+    ),
+    Mutation(
+        "cosine to 0",
+        _OPTIMIZERS,
+        '"cosine": f + (1.0 - f) * 0.5',
+        '"cosine": 0.5',
+        "training/test_optimizers.py",
+    ),
+    Mutation(
+        "targets that are not shifted",
+        _BATCHES,
+        "targets[row, :length] = ids[1:]",
+        "targets[row, :length] = ids[:-1]",
+        _T_BATCHES,
+    ),
+    Mutation(
+        "the first response token is not learned",
+        _BATCHES,
+        'first = [len(prompts[i]) - 1 if loss_on == "response" else 0 for i in kept]',
+        'first = [len(prompts[i]) if loss_on == "response" else 0 for i in kept]',
+        _T_BATCHES,
+    ),
+    Mutation(
+        "weights over this process's rows only",
+        _BATCHES,
+        "weight = 1.0 / counts[batch].sum()\n        return _token_batch(rows, starts[mine]",
+        "weight = 1.0 / counts[mine].sum()\n        return _token_batch(rows, starts[mine]",
+        _T_BATCHES,
+    ),
+    Mutation(
+        "every process reads the same rows",
+        _SCHEDULE,
+        "examples[index * size : (index + 1) * size]",
+        "examples[:size]",
+        _T_BATCHES,
+    ),
+)
+
+
+def caught_by(mutation: Mutation) -> str | None:
+    """The first test that fails with the mutation; None where all pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("rlhf_jax", "experiments", "tests"):
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        path = copy / mutation.file
+        text = path.read_text()
+        assert text.count(mutation.old) == 1, mutation.name
+        path.write_text(text.replace(mutation.old, mutation.new))
+        tests = [f"tests/{name}" for name in mutation.tests.split()]
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*command, *tests], cwd=copy, capture_output=True, text=True
+        )
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
+    if done.returncode == 1 and failed:
+        return failed[1]
+    if done.returncode == 0:
+        return None
+    raise RuntimeError(f"{mutation.name}: pytest broke down\n{done.stdout[-3000:]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("names", nargs="*")
+    args = parser.parse_args()
+    chosen = [m for m in MUTATIONS if all(part in m.name for part in args.names)]
+    rows, survivors = [], []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for mutation, test in zip(chosen, pool.map(caught_by, chosen), strict=True):
+            print(
+                f"{'SURVIVED' if test is None else 'caught'}: {mutation.name}: {test}"
+            )
+            if test is None:
+                survivors.append(mutation.name)
+            change = f"`{_line(mutation.old)}` → `{_line(mutation.new)}`"
+            rows.append(
+                f"| {mutation.name} | `{mutation.file}` | {change} | `{test}` |"
+            )
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught")
+    if args.write and not survivors:
+        (ROOT / "docs" / "mutations.md").write_text(HEADER + "\n".join(rows) + "\n")
+    sys.exit(bool(survivors))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+HEADER = """# Mutations that the tests catch
+
+Each row is a wrong line and the first test that failed with it. Made by
+`python tests/mutations.py --write`, which changes a copy of the package line by line.
+
+| what is wrong | file | change | caught by |
+|---|---|---|---|
+"""
+
+if __name__ == "__main__":
+    main()
