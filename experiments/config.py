@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from rlhf_jax.data.inputs import FilesConfig
 from rlhf_jax.data.simulation import SimulationConfig
@@ -74,32 +75,36 @@ class InstructGPT:
         """Refuses what would only fail after earlier stages have run.
 
         Raises:
-            DataError: if anything is longer than the model's context, or a batch cannot
-                be cut into its microbatches or dealt over the devices.
+            DataError: if a count is not positive, anything is longer than the model's
+                context, or a batch cannot be cut into its microbatches or dealt over
+                the devices.
         """
         if self.data is None and self.files == REAL_FILES:
             raise DataError("this preset reads files of yours: give --data DIR")
+        stages = ("pretrain", "sft", "sft_rl", "collect", "reward_model", "ppo")
+        for name in (*stages, "ppo_ptx", "evaluate"):
+            _check_counts(name, getattr(self, name))
         batches = {
             "pretrain": (self.pretrain.batch_size, self.pretrain.num_microbatches),
-            "sft": (self.sft.batch_size, self.sft.num_microbatches),
-            "sft_rl": (
-                self.sft_rl.batch_size + self.sft_rl.num_pretrain_rows,
-                self.sft_rl.num_microbatches,
-            ),
-            "reward_model": (
-                self.reward_model.batch_size,
-                self.reward_model.num_microbatches,
-            ),
             "ppo": (self.ppo.batch_size, 1),
             "ppo_ptx": (self.ppo_ptx.batch_size, 1),
         }
         for name, (rows, parts) in batches.items():
             if rows % parts or rows % num_devices:
                 raise DataError(
-                    f"{name}: batches of {rows} rows (pre-training rows included) must "
-                    f"be a multiple of num_microbatches {parts} and of the "
-                    f"{num_devices} devices; change {name}.batch-size"
+                    f"{name}: batches of {rows} rows must be a multiple of "
+                    f"num_microbatches {parts} and of the {num_devices} devices; "
+                    f"change {name}.batch-size"
                 )
+        if self.data is None:
+            self._check_campaign()
+        response_len = self.evaluate.sampling.response_len
+        if self.sft.seq_len <= response_len:
+            raise DataError(
+                f"sft.seq_len {self.sft.seq_len} leaves no room for a prompt before "
+                f"the {response_len} tokens of evaluate.sampling.response_len, with "
+                "which the epochs of SFT are compared; raise seq_len"
+            )
         context = self.pretrain.model.max_len
         lengths = {
             "pretrain.seq_len": self.pretrain.seq_len,
@@ -111,13 +116,43 @@ class InstructGPT:
         }
         for name in ("collect", "ppo", "ppo_ptx", "evaluate"):
             stage = getattr(self, name)
-            prompt = "few_shot_len" if hasattr(stage, "few_shot_len") else "prompt_len"
-            lengths[f"{name}.{prompt} + {name}.sampling.response_len"] = (
-                getattr(stage, prompt) + stage.sampling.response_len
-            )
+            for field in ("prompt_len", "few_shot_len"):
+                if hasattr(stage, field):
+                    lengths[f"{name}.{field} + {name}.sampling.response_len"] = (
+                        getattr(stage, field) + stage.sampling.response_len
+                    )
+            for field in ("ptx_len", "text_len"):
+                if hasattr(stage, field):
+                    lengths[f"{name}.{field}"] = getattr(stage, field)
         for name, length in lengths.items():
             if length > context:
                 raise DataError(
                     f"{name} is {length} tokens, more than pretrain.model.max_len "
                     f"{context}; make it shorter or raise max_len"
                 )
+
+    def _check_campaign(self) -> None:
+        most, slots = self.collect.max_responses, self.reward_model.num_responses
+        if most > slots:
+            raise DataError(
+                f"collect.max_responses {most} is more than reward_model.num_responses "
+                f"{slots}; raise the latter"
+            )
+        for name in ("collect", "evaluate"):
+            num = getattr(self, name).num_few_shot
+            if not 1 <= num <= 5:
+                raise DataError(
+                    f"{name}.num_few_shot is {num}; the simulation has 1 to 5 examples"
+                )
+
+
+def _check_counts(prefix: str, config: Any) -> None:
+    """Refuses counts and lengths below 1 in a config and those inside it."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            _check_counts(name, value)
+        is_count = field.name.startswith(("num_", "min_", "max_", "eval_", "batch_"))
+        is_count = is_count or field.name.endswith(("_len", "_every", "_batches"))
+        if is_count and isinstance(value, int) and value < 1:
+            raise DataError(f"{name} must be at least 1, got {value}")

@@ -100,6 +100,7 @@ def embedded() -> InstructGPT:
         ppo=ppo,
         ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),
         evaluate=EvaluateConfig(
+            num_prompts=800,
             num_samples=2,
             prompt_len=28,
             few_shot_len=68,
@@ -162,7 +163,9 @@ def gpu(name: str = "gpt2") -> InstructGPT:
     context = min(model.max_len, 1024)
     half, quarter = context // 2, context // 4
     sampling = Sampling(response_len=quarter)
-    ppo = PPOConfig(num_microbatches=4, prompt_len=half, sampling=sampling)
+    ppo = PPOConfig(
+        num_microbatches=4, prompt_len=half, sampling=sampling, ptx_len=half
+    )
     collect = CollectConfig(
         prompt_len=half, few_shot_len=half + quarter, sampling=sampling
     )
@@ -183,7 +186,7 @@ def gpu(name: str = "gpt2") -> InstructGPT:
             prompt_len=half, response_len=half, num_microbatches=16
         ),
         ppo=ppo,
-        ppo_ptx=dataclasses.replace(ppo, ptx_coef=27.8, ptx_len=half),
+        ppo_ptx=dataclasses.replace(ppo, ptx_coef=27.8),
         evaluate=EvaluateConfig(
             prompt_len=half,
             few_shot_len=half + quarter,
@@ -204,7 +207,8 @@ def published() -> dict[str, tuple[str, InstructGPT]]:
 def ziegler() -> InstructGPT:
     """The preset "gpu" with the PPO settings of Ziegler et al. 2019 (released code).
 
-    Its PPO-ptx keeps InstructGPT's settings, for there was none before.
+    Its PPO-ptx keeps InstructGPT's settings, for there was none before; all models are
+    evaluated at PPO's temperature.
     """
     base = gpu()
     ppo = dataclasses.replace(
@@ -229,7 +233,10 @@ def ziegler() -> InstructGPT:
         missing_eos_score=-1.0,
         ema_decay=0.0,
     )
-    return dataclasses.replace(base, run=Path("runs/ziegler"), ppo=ppo)
+    evaluate = dataclasses.replace(base.evaluate, sampling=ppo.sampling)
+    return dataclasses.replace(
+        base, run=Path("runs/ziegler"), ppo=ppo, evaluate=evaluate
+    )
 
 
 def stiennon() -> InstructGPT:

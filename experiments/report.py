@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from rlhf_jax.evaluation.report import write_report
+from rlhf_jax.training.run_dir import RunDirError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,4 +21,7 @@ class Report:
 
 
 if __name__ == "__main__":
-    print(write_report(tyro.cli(Report, description=__doc__).run))
+    try:
+        print(write_report(tyro.cli(Report, description=__doc__).run))
+    except (OSError, RunDirError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error

@@ -267,7 +267,7 @@ MUTATIONS = (
         "positions that go on after the padding of the prompt",
         _TRANSFORMER,
         "jnp.tile(prompt_lengths[:, None] - 1 + jnp.arange(R + 1)[None], (1, K))",
-        "jnp.tile(0 * prompt_lengths[:, None] + stem + jnp.arange(R + 1)[None], (1, K))",
+        "jnp.tile(stem + jnp.arange(R + 1)[None], (B, K))",
         _T_TRANSFORMER,
     ),
     Mutation(
@@ -469,8 +469,8 @@ MUTATIONS = (
     Mutation(
         "weights over this process's rows only",
         _BATCHES,
-        "weight = 1.0 / counts[batch].sum()\n        return _token_batch(rows, starts[mine]",
-        "weight = 1.0 / counts[mine].sum()\n        return _token_batch(rows, starts[mine]",
+        "1.0 / counts[batch].sum()\n        return _token_batch(rows, starts[m",
+        "1.0 / counts[mine].sum()\n        return _token_batch(rows, starts[m",
         _T_BATCHES,
     ),
     Mutation(

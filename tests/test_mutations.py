@@ -1,4 +1,4 @@
-"""The hand-listed mutations still fit the code; `python tests/mutations.py` runs them."""
+"""The mutations still fit the code (`python tests/mutations.py` runs them)."""
 
 from pathlib import Path
 

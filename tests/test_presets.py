@@ -2,17 +2,57 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiments.presets import PRESETS
 from rlhf_jax.data.simulation import write_campaign
+from rlhf_jax.data.sources import DataError
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_fits_its_model_and_one_device(name: str) -> None:
     dataclasses.replace(PRESETS[name][1], data=Path("data")).check(num_devices=1)
+
+
+def option(cfg: Any, path: str, value: Any) -> Any:
+    """The config with the field at a dotted path replaced."""
+    name, _, rest = path.partition(".")
+    inner = option(getattr(cfg, name), rest, value) if rest else value
+    return dataclasses.replace(cfg, **{name: inner})
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("ppo.ptx_len", 129, "ppo.ptx_len is 129 tokens"),
+        ("evaluate.text_len", 129, "evaluate.text_len"),
+        ("evaluate.prompt_len", 120, "evaluate.prompt_len + evaluate.sampling"),
+        ("sft.seq_len", 24, "sft.seq_len 24 leaves no room"),
+        ("reward_model.num_responses", 8, "max_responses 9 is more"),
+        ("evaluate.num_few_shot", 6, "evaluate.num_few_shot is 6"),
+        ("ppo.eval_prompts", 0, "ppo.eval_prompts must be at least 1"),
+        ("ppo_ptx.loop.eval_every", -1, "eval_every must be at least 1"),
+        ("pretrain.num_microbatches", 0, "pretrain.num_microbatches"),
+        ("pretrain.batch_size", 12, "pretrain: batches of 12 rows"),
+        ("ppo_ptx.ptx_per_episode", 0, "ptx_per_episode must be at least 1"),
+        ("ppo.clip", -1.0, "clip and value_clip must be above 0"),
+    ],
+)
+def test_what_would_fail_late_is_refused_before_anything_runs(
+    path: str, value: Any, named: str
+) -> None:
+    with pytest.raises((DataError, ValueError), match=re.escape(named)):
+        option(PRESETS["default"][1], path, value).check(num_devices=8)
+
+
+@pytest.mark.parametrize("name", ["default", "smoke", "cpu", "gpu"])
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_presets_fit_several_devices(name: str, devices: int) -> None:
+    dataclasses.replace(PRESETS[name][1], data=Path("data")).check(devices)
 
 
 def test_ziegler_makes_the_published_number_of_gradient_steps() -> None:

@@ -250,7 +250,8 @@ CLAIMS = (
         statement="The reward model predicts labelers it never saw nearly as well as "
         "they agree with each other: at most 5 points less.",
         source=f"after {PAPER}, section 4.1; the margin of 5 points is ours",
-        quantity="accuracy on held-out labelers minus their agreement",
+        quantity="accuracy on held-out labelers minus their agreement, on the pairs "
+        "that two of them order",
         threshold=-0.05,
         percent=True,
         published="6B: accuracy 69.6 ± 0.9 % on held-out labelers and 72.4 ± 0.4 % on "

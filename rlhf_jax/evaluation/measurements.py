@@ -236,7 +236,7 @@ def loss_difference(pair: str) -> Measure:
 
     def measure(evaluation: Document, _: Document) -> Measurement:
         difference = _estimate(evaluation, "differences", "pretrain_loss", pair)
-        return Measurement(difference, "Both models on the same held-out documents.")
+        return Measurement(difference, "Both models on the same held-out text.")
 
     return measure
 

@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.data.sources import Ranking
-from rlhf_jax.evaluation.statistics import Estimate, mean_estimate
+from rlhf_jax.evaluation.statistics import (
+    Estimate,
+    mean_estimate,
+    paired_difference,
+)
 
 Scored = tuple[Sequence[Ranking], Sequence[np.ndarray], np.ndarray]
 """Rankings, the scores of each [K], and all response lengths flattened, in tokens."""
@@ -48,7 +52,8 @@ class Pairs:
         """Accuracy minus the length baseline, pair by pair."""
         if self.margin.size == 0:
             return None
-        return mean_estimate(_right(self.margin) - _right(self.longer), self.prompt)
+        right, longer = _right(self.margin), _right(self.longer)
+        return paired_difference(right, longer, clusters=self.prompt)
 
 
 def _share(
@@ -87,9 +92,9 @@ def labeler_agreement(
         if ranking.labeler is not None:
             groups[ranking.prompt, ranking.responses].append((ranking, values))
     agree: list[float] = []
-    gain: list[float] = []
-    prompts: list[int] = []
-    for number, group in enumerate(groups.values()):
+    right: list[float] = []
+    prompts: list[str] = []
+    for (prompt, _), group in groups.items():
         for (a, values), (b, _) in itertools.combinations(group, 2):
             if a.labeler == b.labeler:
                 continue
@@ -99,11 +104,12 @@ def labeler_agreement(
                 if first and second:
                     margins = np.array([first, second]) * (values[i] - values[j])
                     agree.append(float(first == second))
-                    gain.append(float(_right(margins).mean()) - agree[-1])
-                    prompts.append(number)
+                    right.append(float(_right(margins).mean()))
+                    prompts.append(prompt)
     if not agree:
         return None
-    return mean_estimate(agree, clusters=prompts), mean_estimate(gain, clusters=prompts)
+    gap = paired_difference(right, agree, clusters=prompts)
+    return mean_estimate(agree, clusters=prompts), gap
 
 
 def ranking_report(

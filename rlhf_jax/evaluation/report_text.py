@@ -37,7 +37,7 @@ _MODEL_COLUMNS = (
 )
 _NOTES = """\
 - **Intervals.** Every `x [low, high]` is a mean with its 95 % interval over held-out
-  prompts (over documents for the pre-training loss). They measure how well these
+  prompts (over batches of text for the pre-training loss). They measure how well these
   prompts stand for all such prompts; they do not include the spread between training
   seeds. Among {claims} claims one may get a wrong verdict by chance alone.
 - **Verdicts** are computed: a claim *holds* where the whole interval lies above its

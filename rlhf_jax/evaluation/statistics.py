@@ -200,18 +200,24 @@ def win_rate(
     return rate, float(wins.mean()), float(ties.mean()), float(losses.mean())
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike) -> Estimate:
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, clusters: ArrayLike | None = None
+) -> Estimate:
     """Mean of a - b over n pairs with its 95 % Student-t interval.
 
     Args:
-        a: [n], one value per prompt or document.
-        b: [n], the value of the same prompt or document.
+        a: [n], e.g. one value per prompt.
+        b: [n], the value of the same prompt.
+        clusters: [n], as in `mean_estimate`.
 
     Raises:
         ValueError: the shapes differ, or a value is not finite.
     """
     difference = _sample(_differences(a, b))
-    return _student_estimate(difference, np.arange(difference.size))
+    if clusters is None:
+        return _student_estimate(difference, np.arange(difference.size))
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    return _student_estimate(difference, index)
 
 
 def independent_difference(a: Estimate, b: Estimate) -> Estimate:

@@ -139,7 +139,16 @@ def run(cfg: CollectConfig, ctx: Context) -> None:
         DataError: where nobody can rank: it says which file to have ranked and how to
             hand it in.
     """
-    if ctx.inputs.has("rankings", "train") or ctx.inputs.has("comparisons", "train"):
+    ranked = ctx.inputs.has("rankings", "train") or ctx.inputs.has(
+        "comparisons", "train"
+    )
+    if cfg.ranked is not None and (ranked or ctx.inputs.simulated):
+        raise DataError(
+            f"{cfg.ranked}: nothing asks for people's rankings here: "
+            + ("the data has rankings" if ranked else "labelers are simulated")
+            + "; leave --collect.ranked out"
+        )
+    if ranked:
         return
     stage = ctx.stage("collect")
     parents = {name: ctx.stage(name) for name in ("pretrain", "sft", "sft_rl")}

@@ -23,7 +23,7 @@ from rlhf_jax.stages.scoring import (
     make_kl,
     response_scores,
 )
-from rlhf_jax.training.mesh import replicated, shard_batch
+from rlhf_jax.training.mesh import pad_rows, replicated, shard_batch
 from rlhf_jax.training.run_dir import read_json, write_text
 
 MODELS = {
@@ -187,6 +187,7 @@ class Measurer:
         devices = len(self._ctx.mesh.devices.flat)
         rows = -(-cfg.batch_size // devices) * devices
         out: list[float] = []
+        num_cut = 0
         for first in range(0, len(responses), rows):
             prompts = np.full((rows, cfg.prompt_len), tokenizer.pad_id, np.int32)
             answers = np.full((rows, 1, R), tokenizer.pad_id, np.int32)
@@ -198,6 +199,7 @@ class Measurer:
                 # a text may encode to more ids than were sampled: the rest is cut
                 response = responses[n]
                 answer = fmt.encode_response(tokenizer, response.text, response.ended)
+                num_cut += len(answer) > R
                 answer = answer[:R]
                 prompts[row, : len(prompt)] = prompt
                 prompt_lengths[row] = len(prompt)
@@ -207,13 +209,16 @@ class Measurer:
             batch = shard_batch(self._ctx.mesh, batch)
             scores = np.asarray(self._scores(self._reward.params, *batch))
             out += scores[: len(part), 0].tolist()
+        if num_cut:
+            print(f"{num_cut} responses scored without what is over {R} tokens")
         return out
 
     def _pretrain_losses(self, params: Any) -> list[float]:
         """Held-out pre-training loss of each batch, in nats per token."""
         losses = []
         for step in range(min(self._cfg.text_batches, self._text.steps_per_epoch)):
-            batch = shard_batch(self._ctx.mesh, self._text(step))
+            batch = pad_rows(self._text(step), len(self._ctx.mesh.local_devices))
+            batch = shard_batch(self._ctx.mesh, batch)
             total, count = self._sums(params, batch)
             losses.append(-float(total) / float(count))
         return losses

@@ -32,7 +32,8 @@ def check_invariants(
         cfg: of PPO.
         vocab_size: V.
         dtype: of the models' activations; bfloat16 rounds log-probabilities by some
-            hundredths, so that its tolerance is ten times as wide.
+            hundredths and those of rare tokens by some tenths, so that its tolerances
+            are ten times as wide and fifty times for the largest ratio.
 
     Raises:
         InvariantError: naming what is violated, by how much, and the usual causes.
@@ -47,7 +48,7 @@ def check_invariants(
             )
 
     require(
-        values["policy/first_ratio_error"] < tolerance,
+        values["policy/first_ratio_error"] < (1e-2 if dtype == "float32" else 0.5),
         "the ratio of the first minibatch must be 1",
         "policy/first_ratio_error",
         "dropout left on, another temperature or mask than when old_logprobs were made",
@@ -60,9 +61,14 @@ def check_invariants(
         "decoding of a poorly conditioned model",
     )
     require(
-        -tolerance <= values["policy/entropy_min"]
-        and values["policy/entropy_max"] <= math.log(vocab_size) + tolerance,
-        f"entropies must lie in [0, log V = {math.log(vocab_size):.4g}]",
+        values["policy/entropy_min"] >= -tolerance,
+        "entropies must not be negative",
+        "policy/entropy_min",
+        "an unmasked mean, logits that are not normalised",
+    )
+    require(
+        values["policy/entropy_max"] <= math.log(vocab_size) + tolerance,
+        f"entropies must be at most log V = {math.log(vocab_size):.4g}",
         "policy/entropy_max",
         "an unmasked mean, logits that are not normalised",
     )

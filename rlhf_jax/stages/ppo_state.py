@@ -96,6 +96,16 @@ class PPOConfig:
                 "reference's top_k or top_p would have an infinite KL penalty; set "
                 "both to None and lower the temperature instead"
             )
+        if self.ptx_coef and self.ptx_per_episode < 1:
+            raise ValueError(
+                f"ptx_per_episode must be at least 1, got {self.ptx_per_episode}; set "
+                "ptx_coef to 0 for PPO without pre-training text"
+            )
+        if self.clip <= 0 or self.value_clip <= 0:
+            raise ValueError(
+                f"clip and value_clip must be above 0, got {self.clip} and "
+                f"{self.value_clip}"
+            )
         minibatch = self.batch_size // max(self.num_minibatches, 1)
         if self.num_minibatches < 1 or self.batch_size % self.num_minibatches:
             raise ValueError(

@@ -20,7 +20,7 @@ from rlhf_jax.objectives.language_modeling import next_token_loss, token_logprob
 from rlhf_jax.objectives.masking import masked_sum
 from rlhf_jax.stages.common import Context, Model, init_model, save_model
 from rlhf_jax.training.loop import LoopConfig, run_loop
-from rlhf_jax.training.mesh import jit_step, shard_batch, state_sharding
+from rlhf_jax.training.mesh import jit_step, pad_rows, shard_batch, state_sharding
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.run_dir import file_hash
 from rlhf_jax.training.state import init_state
@@ -108,7 +108,8 @@ def make_heldout_loss(
     sums = jax.jit(functools.partial(sum_logprobs, model=model))
     count = batches.steps_per_epoch
     count = count if max_batches is None else min(count, max_batches)
-    kept = [batches(step) for step in range(count)]
+    devices = len(mesh.local_devices)
+    kept = [pad_rows(batches(step), devices) for step in range(count)]
 
     def heldout_loss(params: Any) -> float:
         totals = [sums(params, shard_batch(mesh, batch)) for batch in kept]

@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf_jax.data.batches import ranking_batches
 from rlhf_jax.data.inputs import cache_dir
-from rlhf_jax.data.sources import Demonstration, Ranking, Split, load
+from rlhf_jax.data.sources import DataError, Demonstration, Ranking, Split, load
 from rlhf_jax.evaluation.rankings import ranking_report
 from rlhf_jax.objectives.ranking import ranking_accuracy
 from rlhf_jax.stages.common import Context, Model
@@ -61,6 +61,8 @@ class RankingScorer:
         """
         cfg, model = self._cfg, self._model
         kept = fitting_rankings(rankings, model, cfg.prompt_len, cfg.response_len)
+        if not kept:
+            return [], [], np.zeros((0,), np.int64)
         batches = ranking_batches(
             kept,
             model.tokenizer,
@@ -152,12 +154,21 @@ def accuracy(scores: Sequence[np.ndarray], ranks: Sequence[Sequence[int]]) -> fl
 def score_demonstrations(
     scorer: RankingScorer, params: Any, demonstrations: Sequence[Demonstration]
 ) -> np.ndarray:
-    """Scores of demonstrations that fit the model: float32 [N]."""
+    """Scores of demonstrations that fit the model: float32 [N].
+
+    Raises:
+        DataError: none fits.
+    """
     pairs = [  # two copies under distinct ranks: the reader of rankings wants a pair
         Ranking(d.prompt, (d.response, d.response), (1, 2), (True, True), None)
         for d in demonstrations
     ]
     _, scores, _ = scorer(params, pairs)
+    if not scores:
+        raise DataError(
+            f"demonstrations: none of {len(pairs)} fits the reward model's prompt_len "
+            "and response_len, and its scores cannot be centred; raise them"
+        )
     return np.asarray([s[0] for s in scores])
 
 
@@ -177,6 +188,9 @@ def evaluate_rankings(
         for file, records in read_rankings(ctx, split).items():
             records = records[:512] if split == "train" else records
             kept, scores, lengths = scorer(params, records)
+            if not kept:
+                print(f"{file}: no ranking fits the reward model; left out")
+                continue
             part = parts.setdefault(name, ([], [], []))
             part[0].extend(kept)
             part[1].extend(scores)

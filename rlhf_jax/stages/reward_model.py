@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from rlhf_jax.data.batches import RankingBatch, ranking_batches
+from rlhf_jax.data.sources import DataError
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.heads import init_scalar_head
 from rlhf_jax.objectives.masking import masked_sum
@@ -25,14 +26,15 @@ from rlhf_jax.stages.rankings import (
     RankingScorer,
     accuracy,
     evaluate_rankings,
+    fitting_rankings,
     read_rankings,
     score_demonstrations,
 )
 from rlhf_jax.stages.scoring import response_scores
 from rlhf_jax.training.loop import LoopConfig, run_loop
-from rlhf_jax.training.mesh import jit_step, state_sharding
+from rlhf_jax.training.mesh import jit_step, pad_rows, state_sharding
 from rlhf_jax.training.optimizers import OptimizerConfig
-from rlhf_jax.training.run_dir import write_text
+from rlhf_jax.training.run_dir import file_hash, write_text
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
 
@@ -122,7 +124,8 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
     parents = {cfg.init_from: ctx.stage(cfg.init_from)}
     if ctx.stage("collect").done:
         parents["collect"] = ctx.stage("collect")
-        sources = {}
+        collected = sorted(ctx.stage("collect").path.glob("rankings_*.jsonl"))
+        sources = {path.name: file_hash(path) for path in collected}
     else:
         purposes = [
             (purpose, split)
@@ -157,6 +160,7 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
             weights=np.full((rows,), 1.0 / cfg.batch_size, np.float32),  # type: ignore
         )
 
+    multiple = len(ctx.mesh.local_devices) * cfg.num_microbatches
     num_steps = cfg.num_epochs * batches.steps_per_epoch
     key = ctx.key("reward_model")
     make = lambda transformer: init_state(  # noqa: E731
@@ -177,6 +181,12 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
     )
     compiled = jit_step(step_fn, ctx.mesh, sharding)
     scorer = RankingScorer(cfg, base, ctx)
+    if not fitting_rankings(valid, base, cfg.prompt_len, cfg.response_len):
+        raise DataError(
+            f"rankings (valid): of {len(valid)} none is left with an ordered pair of "
+            f"responses: prompt_len is {cfg.prompt_len}, response_len "
+            f"{cfg.response_len}; raise them or give other held-out rankings"
+        )
 
     def evaluate(state: Any, step: int) -> dict[str, float]:
         del step
@@ -189,7 +199,7 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         directory=stage.path,
         step_fn=lambda state, batch: compiled(state, batch, scalars),
         state=state,
-        batches=weighted,
+        batches=lambda step: pad_rows(weighted(step), multiple),
         num_steps=num_steps,
         mesh=ctx.mesh,
         grads_like=state.params,
@@ -211,6 +221,7 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
             "num_steps": num_steps,
             "num_rankings": batches.num_examples,
             "num_dropped": batches.num_dropped,
+            "num_dropped_responses": batches.num_dropped_responses,
             "accuracy": report["accuracy"],
         }
     )

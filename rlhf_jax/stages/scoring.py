@@ -190,7 +190,8 @@ class Sampler:
         if batches.num_dropped:
             raise DataError(
                 f"{batches.num_dropped} of {len(prompts)} prompts are longer than "
-                f"prompt_len {self._prompt_len}; raise prompt_len or leave them out"
+                f"{self._prompt_len} tokens; raise prompt_len (with few-shot examples: "
+                "few_shot_len) or leave them out"
             )
         temperature = jnp.float32(self.sampling.temperature)
         responses: list[Response] = []

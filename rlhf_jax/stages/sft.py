@@ -8,7 +8,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from rlhf_jax.data.batches import Batches, TokenBatch, demonstration_batches
+from rlhf_jax.data.batches import (
+    Batches,
+    TokenBatch,
+    demonstration_batches,
+)
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.common import (
     Context,
@@ -20,7 +24,7 @@ from rlhf_jax.stages.pretrain import corpus_batches, lm_loss, make_heldout_loss
 from rlhf_jax.stages.scoring import Sampler, fitting, reward_measure
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.training.loop import LoopConfig, run_loop
-from rlhf_jax.training.mesh import jit_step, state_sharding
+from rlhf_jax.training.mesh import jit_step, pad_rows, state_sharding
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.run_dir import RunDirError
 from rlhf_jax.training.state import init_state
@@ -32,7 +36,8 @@ class SFTConfig:
     """Supervised fine-tuning. "IG" marks what InstructGPT published (appendix C)."""
 
     num_epochs: int = 16
-    """Passes over the demonstrations (IG: 16; 2 for the initialisation of PPO)."""
+    """Passes over the demonstrations (IG: 16; 2 for the initialisation of PPO), each of
+    as many whole batches as hold them all."""
     batch_size: int = 32
     """Demonstrations per update (IG: 32; 8 for 175B)."""
     seq_len: int = 2048
@@ -135,6 +140,7 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
             ctx.data_seed(f"{name}/pretrain"),
         )
         batches = mixed_batches(train, text, cfg.pretrain_fraction)
+    multiple = len(ctx.mesh.local_devices) * cfg.num_microbatches
     heldout_loss = make_heldout_loss(base.cfg, valid, ctx.mesh)
     num_steps = cfg.num_epochs * train.steps_per_epoch
 
@@ -163,7 +169,7 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
         directory=stage.path,
         step_fn=lambda state, batch: compiled(state, batch, scalars),
         state=state,
-        batches=batches,
+        batches=lambda step: pad_rows(batches(step), multiple),
         num_steps=num_steps,
         mesh=ctx.mesh,
         grads_like=state.params,

@@ -84,6 +84,20 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
     )
 
 
+def pad_rows(batch: Any, multiple: int) -> Any:
+    """Repeats the last row with weight 0, up to a multiple, e.g. of the devices.
+
+    Args:
+        batch: NumPy arrays with a leading axis of rows, among them `weights`.
+        multiple: of which the number of rows shall be one.
+    """
+    rows = len(batch.weights)
+    index = np.minimum(np.arange(rows + -rows % multiple), rows - 1)
+    padded = jax.tree.map(lambda x: x[index], batch)
+    padded.weights[rows:] = 0.0
+    return padded
+
+
 def place(sharding: Any, tree: Any) -> Any:
     """Moves a pytree of host or device arrays to the given shardings."""
     return jax.tree.map(jax.device_put, tree, sharding)

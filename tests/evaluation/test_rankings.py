@@ -83,3 +83,20 @@ def test_accuracy_minus_length_is_taken_pair_by_pair():
     assert gap is not None
     # the first: right, shorter (1 - 0); the second: no opinion, longer (1/2 - 1)
     assert gap.mean == pytest.approx((1.0 - 0.5) / 2)
+
+
+def test_one_pair_bounds_nothing_even_where_the_gap_is_0():
+    rankings = [ranking("a", 1, 2), ranking("b", 1, 2)]
+    found = labeler_agreement(rankings, [np.array([1.0, 0.0])] * 2)
+    assert found is not None
+    assert (found[1].mean, found[1].low, found[1].high) == (0.0, -np.inf, np.inf)
+
+
+def test_pairs_of_one_prompt_are_one_trial_whatever_was_ranked():
+    rankings = [
+        *(ranking("a", 1, 2), ranking("b", 1, 2)),
+        *(ranking("a", 1, 2, 3), ranking("b", 3, 2, 1)),  # other responses to it
+    ]
+    scores = [np.array([1.0, 0.0])] * 2 + [np.array([2.0, 1.0, 0.0])] * 2
+    found = labeler_agreement(rankings, scores)
+    assert found is not None and found[1].n == 1

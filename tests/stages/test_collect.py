@@ -1,5 +1,6 @@
 """K responses to each prompt from mixed sources, and a way to have people rank them."""
 
+import dataclasses
 import json
 import types
 
@@ -186,3 +187,12 @@ def test_other_rankings_than_those_taken_are_refused(tmp_path):
     file.write_text("second")
     with pytest.raises(RunDirError, match="made from other rankings"):
         collect._check_ranked(CollectConfig(ranked=file), stage)
+
+
+def test_rankings_that_nobody_asked_for_are_refused(tmp_path):
+    """Where labelers are simulated, a file of rankings would be ignored."""
+    inputs = types.SimpleNamespace(simulated=True, has=lambda *_: False)
+    ctx = Context(tmp_path, inputs, MeshConfig().make(), 0)  # type: ignore[arg-type]
+    cfg = dataclasses.replace(CFG, ranked=tmp_path / "ranked.jsonl")
+    with pytest.raises(DataError, match="labelers are simulated"):
+        collect.run(cfg, ctx)

@@ -45,6 +45,7 @@ VIOLATIONS = [
     ({"policy/first_ratio_error": 0.5}, "policy/first_ratio_error", "dropout"),
     ({"rollout/logprob_mismatch_mean": 0.1}, "logprob_mismatch_mean", "temperature"),
     ({"policy/entropy_max": 9.0}, "policy/entropy_max", "not normalised"),
+    ({"policy/entropy_min": -1.0}, "policy/entropy_min", "not normalised"),
     ({"policy/entropy_min": -0.5}, "policy/entropy", "unmasked mean"),
     ({"advantages/whitened_mean": 0.3}, "whitened_mean", "padding"),
     ({"advantages/whitened_variance": 0.5}, "whitened_variance", "padding"),

@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_jax.data.batches import ranking_batches
 from rlhf_jax.data.prompts import PromptFormat
-from rlhf_jax.data.records import Demonstration, Ranking
+from rlhf_jax.data.records import DataError, Demonstration, Ranking
 from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.rankings import (
     RankingScorer,
@@ -217,6 +217,13 @@ def test_what_does_not_fit_is_left_out_and_the_rest_stays_aligned(params, scorer
     assert kept == [ranking("ab", ["a", "i"], [2, 3]), RANKINGS[1]]
     again, scores, _ = scorer(params, rankings)
     assert again == kept and [len(s) for s in scores] == [2, 4]
+
+
+def test_where_nothing_fits_nothing_is_scored(params, scorer):
+    assert scorer(params, [ranking("abcde", ["a", "b"], [1, 2])])[:2] == ([], [])
+    long = [Demonstration("abcde", "a")]
+    with pytest.raises(DataError, match="none of 1 fits"):
+        score_demonstrations(scorer, params, long)
 
 
 def test_centering_gives_demonstrations_mean_0(params, scorer):

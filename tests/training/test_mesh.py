@@ -12,6 +12,7 @@ from rlhf_jax.stages.pretrain import lm_loss
 from rlhf_jax.training.mesh import (
     MeshConfig,
     jit_step,
+    pad_rows,
     pmap_step,
     replicated,
     shard_batch,
@@ -152,3 +153,14 @@ def test_a_sharded_batch_keeps_its_rows_in_order(fsdp):
     shards = [s.data.shape for s in batch.addressable_shards]
     assert shards == [(2, 2)] * 8
     assert replicated(mesh).is_fully_replicated
+
+
+def test_rows_that_fill_up_for_the_devices_weigh_nothing():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 9, (3, 4)).astype(np.int32)
+    batch = TokenBatch(tokens, tokens + 1, np.full((3, 4), 1 / 12, np.float32))
+    wide = pad_rows(batch, 8)
+    assert [x.shape for x in (wide.tokens, wide.targets, wide.weights)] == [(8, 4)] * 3
+    np.testing.assert_array_equal(wide.tokens[:3], tokens)
+    assert wide.weights[3:].sum() == 0 and wide.weights.dtype == np.float32
+    assert len(pad_rows(wide, 4).tokens) == 8
