@@ -31,7 +31,7 @@ def embedded() -> InstructGPT:
     sampling = Sampling(response_len=24)
     prompts = {"prompt_len": 28, "sampling": sampling}
     ppo = PPOConfig(
-        num_iterations=40,
+        num_iterations=45,
         batch_size=128,
         num_minibatches=8,
         policy_optimizer=_adamw(
@@ -49,7 +49,7 @@ def embedded() -> InstructGPT:
     return InstructGPT(
         run=Path("runs/instructgpt"),
         simulation=SimulationConfig(
-            num_demonstrations=120, num_ranking_prompts=4000, num_eval_prompts=800
+            num_demonstrations=120, num_ranking_prompts=4000, num_eval_prompts=400
         ),
         tokenizer=TokenizerConfig(vocab_size=768),
         pretrain=PretrainConfig(
@@ -100,8 +100,7 @@ def embedded() -> InstructGPT:
         ppo=ppo,
         ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),
         evaluate=EvaluateConfig(
-            num_prompts=800,
-            num_samples=2,
+            num_samples=3,
             prompt_len=28,
             few_shot_len=68,
             num_few_shot=2,
