@@ -14,6 +14,7 @@ from rlhf_jax.data.sources import DataError, Demonstration, Ranking, read_rankin
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.common import Context, Model, check_compatible, load_model
 from rlhf_jax.stages.scoring import Response, Sampler, fitting
+from rlhf_jax.training.loop import tracked
 from rlhf_jax.training.run_dir import (
     RunDirError,
     StageDir,
@@ -100,10 +101,9 @@ def sample_responses(
     few_shot = Sampler(gpt, cfg.sampling, cfg.few_shot_len, cfg.batch_size, ctx)
     plain = Sampler(sft, cfg.sampling, cfg.prompt_len, cfg.batch_size, ctx)
     sources = ["gpt_few_shot", *(["sft", "sft_rl"] * cfg.max_responses)]
-    for turn, source in enumerate(sources):
+    sources = sources[: int(counts.max()) - len(out[0])]
+    for turn, source in enumerate(tracked(f"collect {split}", sources)):
         wanted = [i for i in range(len(prompts)) if len(out[i]) < counts[i]]
-        if not wanted:
-            break
         texts = [prompts[i] for i in wanted]
         turn_key = jax.random.fold_in(key, turn)
         if source == "gpt_few_shot":
@@ -174,6 +174,11 @@ def run(cfg: CollectConfig, ctx: Context) -> None:
         records = ctx.inputs.read("ranking_prompts", split)  # type: ignore[arg-type]
         prompts = [records[i].prompt for i in range(len(records))]
         prompts = fitting(prompts, models["sft"], cfg.prompt_len)
+        if not prompts:
+            raise DataError(
+                f"ranking prompts ({split}): none of {len(records)} has at most "
+                f"{cfg.prompt_len} tokens; raise collect.prompt_len"
+            )
         rows = sample_responses(models, prompts, cfg, ctx, split)
         lines = [
             {

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from rlhf_jax.stages.scoring import (
     make_kl,
     response_scores,
 )
+from rlhf_jax.training.loop import tracked
 from rlhf_jax.training.mesh import pad_rows, replicated, shard_batch
 from rlhf_jax.training.run_dir import read_json, write_text
 
@@ -91,10 +91,9 @@ def run(cfg: EvaluateConfig, ctx: Context) -> None:
         raise DataError(f"no held-out prompt has at most {cfg.prompt_len} tokens")
     measure = Measurer(reference, reward, prompts, cfg, ctx)
     results = {}
-    for name, parent in MODELS.items():
+    for name, parent in tracked("evaluate", list(MODELS.items())):
         path = stage.path / "models" / f"{name}.json"
         if not path.exists():
-            print(f"evaluate: {name}", file=sys.stderr, flush=True)
             model = load_model(parents[parent], ctx.mesh, "language_model")
             write_text(path, json.dumps(measure(name, model)))
         results[name] = read_json(path)

@@ -23,7 +23,7 @@ from rlhf_jax.stages.common import (
 from rlhf_jax.stages.pretrain import corpus_batches, lm_loss, make_heldout_loss
 from rlhf_jax.stages.scoring import Sampler, fitting, reward_measure
 from rlhf_jax.training.checkpoint import load_params, save_params
-from rlhf_jax.training.loop import LoopConfig, run_loop
+from rlhf_jax.training.loop import LoopConfig, run_loop, tracked
 from rlhf_jax.training.mesh import jit_step, pad_rows, state_sharding
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.run_dir import RunDirError
@@ -224,7 +224,8 @@ def select(cfg: SFTConfig, ctx: Context, sampling: Sampling, name: str = "sft") 
     measure = reward_measure(reward, ctx.mesh)
     rewards = {}
     best: tuple[float, Any] | None = None
-    for path in sorted((parents[name].path / "epochs").iterdir()):
+    epochs = sorted((parents[name].path / "epochs").iterdir())
+    for path in tracked("sft_selected", epochs):
         params = load_params(path, like)
         _, values = sampler.measured(
             params, prompts, ctx.key("sft_selected"), {"reward": measure}

@@ -5,15 +5,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.mesh import shard_batch
 from rlhf_jax.training.metrics import MetricsWriter
+
+ItemT = TypeVar("ItemT")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,21 @@ def run_loop(
         checkpoints.close()
         writer.close()
     return state
+
+
+def tracked(name: str, items: Sequence[ItemT]) -> Iterator[ItemT]:
+    """The items one by one, telling on stderr how many are done and the time left."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    if console.is_terminal and jax.process_index() == 0:
+        yield from track(items, description=name, console=console)
+        return
+    log = _PlainProgress(name, 0, len(items))
+    for done, item in enumerate(items, 1):
+        yield item
+        log.write(done, "")
 
 
 class _PlainProgress:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.training.loop import LoopConfig, Stopped, run_loop
+from rlhf_jax.training.loop import LoopConfig, Stopped, run_loop, tracked
 from rlhf_jax.training.mesh import MeshConfig, jit_step, state_sharding
 from rlhf_jax.training.metrics import NonFiniteError
 from rlhf_jax.training.optimizers import OptimizerConfig
@@ -253,3 +253,8 @@ def test_where_stderr_is_no_terminal_progress_is_told_as_lines(loop, tmp_path, c
     loop(tmp_path)
     told = capfd.readouterr().err
     assert "toy 10/10" in told and "s left" in told and "loss" in told
+
+
+def test_tracked_items_come_in_order_and_their_number_is_told(capfd):
+    assert list(tracked("letters", "abc")) == ["a", "b", "c"]
+    assert "letters 3/3  0 s, 0 s left" in capfd.readouterr().err
