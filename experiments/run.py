@@ -1,5 +1,6 @@
 """From a command line to stages: presets and options by tyro, devices, the context."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from rlhf_jax.training.checkpoint import CheckpointError
 from rlhf_jax.training.host import keep_freed_memory
 from rlhf_jax.training.metrics import NonFiniteError
 from rlhf_jax.training.run_dir import RunDirError, lock_run
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def make_context(cfg: InstructGPT) -> Context:
@@ -90,3 +93,10 @@ def main(
         InvariantError,
     ) as error:
         raise SystemExit(f"error: {error}") from error
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise SystemExit(
+            f"error: {error}. What was saved before is kept: free some space or mend "
+            "the permissions, and run the same command to go on"
+        ) from error

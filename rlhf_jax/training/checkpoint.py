@@ -1,6 +1,8 @@
 """Orbax checkpoints: the whole state of a stage, and the parameters it hands on."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,19 @@ import jax
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, with the way out."""
+    """A checkpoint that cannot be read or written, with the way out."""
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Orbax raises many types where a disk is full
+        raise CheckpointError(
+            f"{path}: cannot be written ({type(error).__name__}: {str(error)[:300]}). "
+            "What was saved before is kept: free some space or mend the permissions, "
+            "and run the same command to go on"
+        ) from error
 
 
 class Checkpoints:
@@ -38,7 +52,8 @@ class Checkpoints:
         """Copies the state off the devices and writes it in background."""
         import orbax.checkpoint as ocp
 
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+        with _writing(self.path):  # of this save, or of the one before
+            self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore_latest(self, like: Any) -> tuple[int, Any] | None:
         """Reads the newest whole checkpoint; None if there is none.
@@ -77,15 +92,16 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for saves under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with _writing(self.path):
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
 def save_params(path: Path, params: Any) -> None:
     """Writes parameters for the next stage, replacing what is there."""
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _writing(path), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.resolve(), params, force=True)
 
 

@@ -234,3 +234,19 @@ def test_a_copied_folder_of_parameters_still_reads(tmp_path):
     shutil.copytree(tmp_path / "params", tmp_path / "copy")
     like = shapes(make_state(0).params)
     assert_same(load_params(tmp_path / "copy", like), make_state(1).params)
+
+
+@pytest.mark.parametrize("call", ["save", "wait_until_finished"])
+def test_a_disk_that_is_full_is_named_with_the_way_out(tmp_path, monkeypatch, call):
+    checkpoints = Checkpoints(tmp_path)
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, call, full)
+        with pytest.raises(CheckpointError, match="No space left.*same command") as e:
+            checkpoints.save(1, make_state(1))
+            checkpoints.close()
+        assert str(tmp_path / "checkpoints") in str(e.value)
+    checkpoints.close()
