@@ -61,6 +61,13 @@ def main(cfg: Generate) -> None:
     )
     temperature = jnp.float32(cfg.sampling.temperature)
     for turn, prompt in enumerate(_prompts(cfg.prompt)):
+        num_tokens = len(model.format.encode_prompt(tokenizer, prompt))
+        if num_tokens > prompt_len:
+            raise DataError(
+                f"the prompt has {num_tokens} tokens, this model has room for "
+                f"{prompt_len} before {cfg.sampling.response_len} of the response; "
+                "shorten it or lower --sampling.response-len"
+            )
         batch = prompt_batches(
             [Prompt(prompt)] * cfg.num_samples,
             tokenizer,

@@ -71,7 +71,9 @@ class Estimate:
         return Estimate(1 - self.mean, 1 - self.high, 1 - self.low, self.n)
 
 
-def mean_estimate(values: ArrayLike, clusters: ArrayLike | None = None) -> Estimate:
+def mean_estimate(
+    values: ArrayLike, clusters: ArrayLike | None = None, *, shares: bool = True
+) -> Estimate:
     """Mean of a sample with its 95 % Student-t interval.
 
     mean +- t_{G-1} sqrt(G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2) / n
@@ -85,6 +87,7 @@ def mean_estimate(values: ArrayLike, clusters: ArrayLike | None = None) -> Estim
     Args:
         values: [n], finite, in any unit.
         clusters: [n], a label per value; None where the values are independent.
+        shares: False where values that are all 0 or 1 are no rate (a KL of 0).
 
     Returns:
         The mean in the unit of `values`, with `n` = G; one cluster alone bounds
@@ -97,7 +100,7 @@ def mean_estimate(values: ArrayLike, clusters: ArrayLike | None = None) -> Estim
         Miller 2015.
     """
     x = _sample(values)
-    is_rate = bool(np.all((x == 0) | (x == 1)))
+    is_rate = shares and bool(np.all((x == 0) | (x == 1)))
     if clusters is None:
         if is_rate:
             return rate_estimate(int(x.sum()), x.size)

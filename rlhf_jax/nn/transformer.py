@@ -242,8 +242,8 @@ def forward_responses(
     """Hidden states of K responses to one prompt, the prompt computed once.
 
     Each response attends to its prompt and itself, positions restart after the prompt:
-    exactly the states of K separate sequences, from P + K R instead of K (P + R)
-    positions.
+    exactly the states of K separate sequences, from P - 1 + K (R + 1) instead of
+    K (P + R) positions.
 
     Args:
         params: of `init_params`.

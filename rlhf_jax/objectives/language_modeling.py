@@ -89,7 +89,7 @@ def token_logprobs(
 
 
 def next_token_loss(logprobs: Array, weights: Array) -> Array:
-    """Weighted negative log-likelihood: -sum_t w_t log p(y_t | y_<t).
+    """Weighted negative log-likelihood: -sum_t w_t log p(y_t | x_<=t).
 
     Args:
         logprobs: of the targets, [B, T], in nats.

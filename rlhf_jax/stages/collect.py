@@ -156,7 +156,8 @@ def run(cfg: CollectConfig, ctx: Context) -> None:
         ("ranking_prompts", "train"), ("ranking_prompts", "valid")
     )
     described = dataclasses.replace(cfg, ranked=None)
-    stage.open("collect", (described, ctx.seed), sources, parents)
+    made_by = {"collect": described, "seed": ctx.seed}
+    stage.open("collect", made_by, sources, parents)
     if stage.done:
         _check_ranked(cfg, stage)
         return

@@ -68,7 +68,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Estimates with intervals, clustered by prompt, as the report reads them."""
 
-    def estimate(values: Any, keep_none: bool = False) -> Any:
+    def estimate(values: Any, keep_none: bool = False, shares: bool = False) -> Any:
         """Of [samples][prompts] values."""
         table = np.asarray(values, np.float64)
         clusters = np.tile(np.arange(table.shape[1]), table.shape[0])
@@ -78,14 +78,15 @@ def summarize(
         if flat.size == 0:
             return None
         one_each = table.shape[0] == 1
-        return mean_estimate(flat, None if one_each else clusters).to_json()
+        groups = None if one_each else clusters
+        return mean_estimate(flat, groups, shares=shares).to_json()
 
     def label(model: dict[str, Any], name: str, negate: bool = False) -> Any:
         def number(x: Any) -> float:
             return float("nan") if x is None else float(x != negate)
 
         rows = [[number(x[name]) for x in sample] for sample in model["labels"]]
-        return estimate(rows, keep_none=True)
+        return estimate(rows, keep_none=True, shares=True)
 
     models = {}
     for name, model in results.items():
@@ -103,7 +104,7 @@ def summarize(
             if model["kl"][0] is None
             else estimate(model["kl"]),
             "response_length": estimate(model["lengths"]),
-            "eos_rate": estimate(np.asarray(model["ended"], float)),
+            "eos_rate": estimate(np.asarray(model["ended"], float), shares=True),
             "pretrain_loss": mean_estimate(model["pretrain_losses"]).to_json(),
             "metadata": None
             if not model["labels"]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,7 +79,8 @@ def run(cfg: EvaluateConfig, ctx: Context) -> None:
     parents = {n: ctx.stage(n) for n in dict.fromkeys(MODELS.values())}
     parents["reward_model"] = ctx.stage("reward_model")
     sources = ctx.inputs.fingerprint(("eval_prompts", "test"), ("corpus", "valid"))
-    stage.open("evaluate", (cfg, ctx.seed), sources, parents)
+    made_by = {"evaluate": cfg, "seed": ctx.seed}
+    stage.open("evaluate", made_by, sources, parents)
     if stage.done:
         return
     reward = load_model(parents["reward_model"], ctx.mesh, "reward_model")
@@ -209,7 +211,11 @@ class Measurer:
             scores = np.asarray(self._scores(self._reward.params, *batch))
             out += scores[: len(part), 0].tolist()
         if num_cut:
-            print(f"{num_cut} responses scored without what is over {R} tokens")
+            print(
+                f"evaluate: {num_cut} of {len(responses)} responses, encoded anew from "
+                f"their text, have over {R} tokens; their scores are of the first {R}",
+                file=sys.stderr,
+            )
         return out
 
     def _pretrain_losses(self, params: Any) -> list[float]:

@@ -103,7 +103,7 @@ def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
     if cfg.num_ptx_rows:
         purposes.append(("corpus", "train"))
     sources = ctx.inputs.fingerprint(*purposes)  # type: ignore[arg-type]
-    stage.open(name, (cfg, ctx.seed), sources, parents)
+    stage.open(name, {name: cfg, "seed": ctx.seed}, sources, parents)
     if stage.done:
         return
     reference = load_model(parents["sft_rl"], ctx.mesh, "language_model")

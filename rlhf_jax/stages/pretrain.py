@@ -166,7 +166,8 @@ def run(cfg: PretrainConfig, tokenizer_cfg: TokenizerConfig, ctx: Context) -> No
         Tokenizer.load(tokenizer_cfg.model)
         sources["tokenizer"] = file_hash(tokenizer_cfg.model)
     described = dataclasses.replace(tokenizer_cfg, model=None)
-    stage.open("pretrain", (cfg, described, ctx.seed), sources, {})
+    made_by = {"pretrain": cfg, "tokenizer": described, "seed": ctx.seed}
+    stage.open("pretrain", made_by, sources, {})
     if stage.done:
         return
     tokenizer = get_tokenizer(tokenizer_cfg, ctx)

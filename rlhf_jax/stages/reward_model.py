@@ -134,7 +134,8 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
             if ctx.inputs.has(purpose, split)  # type: ignore[arg-type]
         ]
         sources = ctx.inputs.fingerprint(*purposes)  # type: ignore[arg-type]
-    stage.open("reward_model", (cfg, ctx.seed), sources, parents)
+    made_by = {"reward_model": cfg, "seed": ctx.seed}
+    stage.open("reward_model", made_by, sources, parents)
     if stage.done:
         return
     base = load_model(parents[cfg.init_from], ctx.mesh, "language_model")

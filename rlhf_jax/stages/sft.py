@@ -110,7 +110,8 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
     if cfg.num_pretrain_rows:
         purposes.append(("corpus", "train"))
     sources = ctx.inputs.fingerprint(*purposes)  # type: ignore[arg-type]
-    stage.open(name, (cfg, ctx.seed), sources, {"pretrain": parent})
+    made_by = {name: cfg, "seed": ctx.seed}
+    stage.open(name, made_by, sources, {"pretrain": parent})
     if stage.done:
         return
     base = load_model(parent, ctx.mesh, "language_model")
@@ -206,7 +207,8 @@ def select(cfg: SFTConfig, ctx: Context, sampling: Sampling, name: str = "sft") 
     stage = ctx.stage(f"{name}_selected")
     parents = {name: ctx.stage(name), "reward_model": ctx.stage("reward_model")}
     sources = ctx.inputs.fingerprint(("demonstrations", "valid"))
-    stage.open("sft_selected", (sampling, ctx.seed), sources, parents)
+    made_by = {"evaluate.sampling": sampling, "seed": ctx.seed}
+    stage.open("sft_selected", made_by, sources, parents)
     if stage.done:
         return
     model = load_model(parents[name], ctx.mesh, "language_model")

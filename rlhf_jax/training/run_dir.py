@@ -108,7 +108,7 @@ class StageDir:
 
         Args:
             stage: name of the stage.
-            config: dataclass of the stage.
+            config: options of the stage, as a dict by their names on the command line.
             data: fingerprint of the data it reads, any JSON value.
             parents: earlier stages it reads, which must be done.
 
@@ -136,8 +136,8 @@ class StageDir:
         before = _flat(read_json(path))
         now = _flat(json.loads(json.dumps(made_from)))
         changed = [
-            f"  {key}: {before.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} "
-            "now"
+            f"  {key.removeprefix('config.')}: {before.get(key, 'absent')!r} there, "
+            f"{now.get(key, 'absent')!r} now"
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
         ]

@@ -65,6 +65,11 @@ def test_a_constant_rate_keeps_a_width(value: float):
     assert clustered == rate_estimate(int(4 * value), 4)
 
 
+def test_a_quantity_that_is_exactly_0_is_no_rate():
+    estimate = mean_estimate(np.zeros(6), [0, 0, 1, 1, 2, 2], shares=False)
+    assert (estimate.low, estimate.mean, estimate.high) == (0.0, 0.0, 0.0)
+
+
 def test_wilson_interval_at_hand_made_values():
     # No successes in n: the upper end is z^2 / (n + z^2).
     z2 = 1.959964**2

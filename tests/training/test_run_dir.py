@@ -59,18 +59,18 @@ def test_another_config_lists_every_field_that_differs(tmp_path):
         opened(tmp_path / "sft", other)
     text = str(caught.value)
     assert str(tmp_path / "sft") in text
-    assert "config.steps: 3 there, 4 now" in text
-    assert "config.inner.rate: 0.1 there, 0.2 now" in text
-    assert "config.path" not in text and "names" not in text
+    assert "  steps: 3 there, 4 now" in text
+    assert "  inner.rate: 0.1 there, 0.2 now" in text
+    assert "path:" not in text and "names" not in text
     assert "--run" in text and "delete" in text
 
 
-def test_fields_of_configs_in_a_tuple_are_named_one_by_one(tmp_path):
-    opened(tmp_path / "sft", (Config(), 0))
+def test_options_are_named_as_on_the_command_line(tmp_path):
+    opened(tmp_path / "sft", {"sft": Config(), "seed": 0})
     with pytest.raises(RunDirError) as caught:
-        opened(tmp_path / "sft", (Config(steps=4), 1))
+        opened(tmp_path / "sft", {"sft": Config(steps=4), "seed": 1})
     lines = str(caught.value).splitlines()[1:]
-    assert lines == ["  config.0.steps: 3 there, 4 now", "  config.1: 0 there, 1 now"]
+    assert lines == ["  seed: 0 there, 1 now", "  sft.steps: 3 there, 4 now"]
 
 
 def test_an_option_that_is_new_or_gone_is_a_difference(tmp_path):
@@ -81,8 +81,8 @@ def test_an_option_that_is_new_or_gone_is_a_difference(tmp_path):
     write_text(stage.path / "config.json", json.dumps(made_from))
     with pytest.raises(RunDirError) as caught:
         opened(tmp_path / "sft")
-    assert "config.steps: 'absent' there, 3 now" in str(caught.value)
-    assert "config.old: 1 there, 'absent' now" in str(caught.value)
+    assert "  steps: 'absent' there, 3 now" in str(caught.value)
+    assert "  old: 1 there, 'absent' now" in str(caught.value)
 
 
 def test_other_data_is_a_difference(tmp_path):
