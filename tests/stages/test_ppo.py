@@ -303,6 +303,11 @@ def test_every_epoch_visits_every_episode_once():
         largest = sum(sorted(np.delete(lengths, row))[-3:]) + lengths[row]
         low, high = lengths[row] / largest / 2, lengths[row] / smallest / 2
         assert low - 1e-6 <= share <= high + 1e-6
+    # Rows that share their minibatch in both epochs have one share per token: two
+    # values in all, if the epochs cut the episodes alike.
+    assert (
+        len({round(float(c / n), 6) for c, n in zip(counts, lengths, strict=True)}) > 2
+    )
 
 
 # --------------------------------------------------------------- shared trunk
