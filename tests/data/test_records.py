@@ -183,13 +183,23 @@ def test_corpus_documents_are_separated_by_the_line(tmp_path):
     ("name", "content", "line", "words"),
     [
         ("a.txt", b"one\ntwo \xff\n", 2, "byte 5 of the line (0xff) is not UTF-8"),
-        ("a.txt", gzip.compress(b"one\n"), 1, "name it *.gz if it is gzip"),
+        ("a.txt", gzip.compress(b"one\n", mtime=0), 1, "name it *.gz if it is gzip"),
         ("a.txt", "\ufeffone".encode(), 1, "byte-order mark"),
         ("a.txt", b"one\nt\0wo\n", 2, "U+0000"),
         ("a.txt.gz", b"one\n", 1, "not gzip"),
-        ("a.txt.gz", gzip.compress(b"one\n" * 9)[:-9], 1, "gzip data cannot be read"),
-        ("a.txt.gz", gzip.compress(b"one\n")[:-4] + b"abcd", 2, "cannot be read"),
-        ("a.txt.gz", gzip.compress(b"\xe9\n"), 1, "is not UTF-8"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"one\n" * 9, mtime=0)[:-9],
+            1,
+            "gzip data cannot be read",
+        ),
+        (
+            "a.txt.gz",
+            gzip.compress(b"one\n", mtime=0)[:-4] + b"abcd",
+            2,
+            "cannot be read",
+        ),
+        ("a.txt.gz", gzip.compress(b"\xe9\n", mtime=0), 1, "is not UTF-8"),
     ],
 )
 def test_unreadable_corpus_is_named_by_file_and_line(
