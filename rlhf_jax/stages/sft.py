@@ -8,11 +8,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from rlhf_jax.data.batches import (
-    Batches,
-    TokenBatch,
-    demonstration_batches,
-)
+from rlhf_jax.data.batches import Batches, TokenBatch, demonstration_batches
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.common import (
     Context,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data.batches import TokenBatch
+from rlhf_jax.nn.transformer import init_params
 from rlhf_jax.stages.pretrain import lm_loss
 from rlhf_jax.training.mesh import (
     MeshConfig,
@@ -164,3 +165,26 @@ def test_rows_that_fill_up_for_the_devices_weigh_nothing():
     np.testing.assert_array_equal(wide.tokens[:3], tokens)
     assert wide.weights[3:].sum() == 0 and wide.weights.dtype == np.float32
     assert len(pad_rows(wide, 4).tokens) == 8
+
+
+def test_rows_that_fill_up_change_neither_loss_nor_gradient_nor_dropout(tiny):
+    """Whatever the number of devices, rows draw the masks that they draw alone."""
+    cfg = tiny(dropout=0.3)
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, cfg.vocab_size, (3, T)).astype(np.int32)
+    weights = np.full((3, T), 1 / (3 * T), np.float32)
+    batch = TokenBatch(tokens, tokens[:, ::-1].copy(), weights)
+    params = init_params(jax.random.key(0), cfg)
+
+    def loss(params, batch):
+        return lm_loss(params, batch, jax.random.key(2), model=cfg)[0]
+
+    alone, padded = (
+        jax.value_and_grad(loss)(params, jax.tree.map(jnp.asarray, b))
+        for b in (batch, pad_rows(batch, 8))
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        alone,
+        padded,
+    )
