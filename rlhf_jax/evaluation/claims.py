@@ -24,7 +24,7 @@ from rlhf_jax.evaluation.measurements import (
     sft_over_few_shot,
     win_rate_over_sft,
 )
-from rlhf_jax.evaluation.statistics import Estimate
+from rlhf_jax.evaluation.statistics import Estimate, Unit
 
 Verdict = Literal["holds", "does not hold", "inconclusive"]
 
@@ -42,7 +42,7 @@ class Claim:
         quantity: what the estimate is, with its unit.
         measure: (evaluation, reward-model evaluation) -> measurement.
         threshold: what the estimate must exceed, in that unit.
-        percent: whether the quantity is a share, shown in percent.
+        unit: "%" of a share, "points" of a difference of shares, both kept as 0 to 1.
         published: the published numbers to read beside ours, where there are any.
     """
 
@@ -52,7 +52,7 @@ class Claim:
     quantity: str
     measure: Measure
     threshold: float = 0.0
-    percent: bool = False
+    unit: Unit = ""
     published: str | None = None
 
 
@@ -138,7 +138,7 @@ def _metadata_claim(
         quantity=f"share of responses with '{METADATA_LABELS[label]}', "
         f"{MODEL_LABELS[first]} minus {MODEL_LABELS[second]}",
         threshold=threshold,
-        percent=True,
+        unit="points",
         published=published,
         measure=metadata_gain(label, baseline),
     )
@@ -158,7 +158,7 @@ CLAIMS = (
         source=f"{PAPER}, Figure 1",
         quantity="win rate of SFT against few-shot GPT",
         threshold=0.5,
-        percent=True,
+        unit="%",
         measure=sft_over_few_shot,
     ),
     Claim(
@@ -167,7 +167,7 @@ CLAIMS = (
         source=f"{PAPER}, Figure 1",
         quantity="win rate of PPO against SFT",
         threshold=0.5,
-        percent=True,
+        unit="%",
         published="175B InstructGPT (PPO-ptx): 85 ± 3 % against GPT-3, 71 ± 4 % "
         "against few-shot GPT-3",
         measure=win_rate_over_sft("ppo"),
@@ -178,7 +178,7 @@ CLAIMS = (
         source=f"{PAPER}, Figure 1",
         quantity="win rate of PPO-ptx against SFT",
         threshold=0.5,
-        percent=True,
+        unit="%",
         published="175B: 73.4 ± 2 % against 175B SFT",
         measure=win_rate_over_sft("ppo_ptx"),
     ),
@@ -253,7 +253,7 @@ CLAIMS = (
         quantity="accuracy on held-out labelers minus their agreement, on the pairs "
         "that two of them order",
         threshold=-0.05,
-        percent=True,
+        unit="points",
         published="6B: accuracy 69.6 ± 0.9 % on held-out labelers and 72.4 ± 0.4 % on "
         "its own; agreement 77.3 ± 1.3 % and 72.6 ± 1.5 %",
         measure=accuracy_gap("agreement", "agreement", "held_out_labelers"),
@@ -264,7 +264,7 @@ CLAIMS = (
         "than response length alone.",
         source="a check of ours against length bias",
         quantity="accuracy minus that of the length-only baseline",
-        percent=True,
+        unit="points",
         measure=accuracy_gap("length_baseline", "length alone", "held_out_prompts"),
     ),
 )

@@ -112,6 +112,7 @@ def draw_win_rates(run: RunData) -> Figure:
             xytext=(0, 4),
             textcoords="offset points",
             ha="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
     axis.axhline(0.5, **REFERENCE_LINE)
     axis.set_xticks(places, [MODEL_LABELS[name] for name in rates])
@@ -277,7 +278,7 @@ FIGURES = (
 def _draw_bins(axis: Axes, bins: Sequence[Mapping[str, Any]]) -> None:
     estimates = [Estimate.from_json(part["accuracy"]) for part in bins]
     draw_intervals(axis, range(len(bins)), estimates, _REWARD_COLOR, "o", None)
-    ticks = [f"{part['low']:.3g}\nto {part['high']:.3g}" for part in bins]
+    ticks = [f"{part['low']:.2g}\nto {part['high']:.2g}" for part in bins]
     axis.set_xticks(range(len(bins)), ticks)
     axis.set_xlim(-0.6, len(bins) - 0.4)
     axis.tick_params(axis="x", labelsize=8.5)

@@ -151,8 +151,8 @@ def _win_detail(evaluation: Document, pair: str) -> str:
     except MissingInput:
         return judge_name
     return (
-        f"{judge_name} Mean {kind_name} higher by {format_estimate(gain)} on the same "
-        "prompts."
+        f"{judge_name} Difference in mean {kind_name} on the same prompts: "
+        f"{format_estimate(gain)}."
     )
 
 
@@ -223,8 +223,8 @@ def metadata_gain(label: str, baseline: str) -> Measure:
             gain = independent_difference(theirs, ours)
         return Measurement(
             gain,
-            f"PPO {format_estimate(ours, percent=True)}, {MODEL_LABELS[baseline]} "
-            f"{format_estimate(theirs, percent=True)}; the interval takes the two "
+            f"PPO {format_estimate(ours, unit='%')}, {MODEL_LABELS[baseline]} "
+            f"{format_estimate(theirs, unit='%')}; the interval takes the two "
             "rates as independent.",
         )
 
@@ -251,8 +251,8 @@ def accuracy_gap(yardstick: str, yardstick_name: str, split: str) -> Measure:
         )
         return Measurement(
             gap,
-            f"Accuracy {format_estimate(accuracy, percent=True)} over all ordered "
-            f"pairs, {yardstick_name} {format_estimate(other, percent=True)}; the "
+            f"Accuracy {format_estimate(accuracy, unit='%')} over all ordered "
+            f"pairs, {yardstick_name} {format_estimate(other, unit='%')}; the "
             "difference is taken pair by pair where both are defined.",
         )
 

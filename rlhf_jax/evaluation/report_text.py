@@ -23,17 +23,17 @@ from rlhf_jax.evaluation.reward_model_section import (
     cell,
     reward_model_section,
 )
-from rlhf_jax.evaluation.statistics import format_estimate
+from rlhf_jax.evaluation.statistics import Unit, format_estimate
 
 _VERDICT_MARKS = {"holds": "✅", "does not hold": "❌", "inconclusive": "❔"}
-_MODEL_COLUMNS = (
-    ("gold_score", "gold score", False),
-    ("reward", "reward", False),
-    ("win_rate_vs_sft", "win rate against SFT", True),
-    ("kl_to_reference", "KL to reference (nats per response)", False),
-    ("response_length", "response length (tokens)", False),
-    ("eos_rate", "ends by itself", True),
-    ("pretrain_loss", "pre-training loss (nats per token)", False),
+_MODEL_COLUMNS: tuple[tuple[str, str, Unit], ...] = (
+    ("gold_score", "gold score", ""),
+    ("reward", "reward", ""),
+    ("win_rate_vs_sft", "win rate against SFT", "%"),
+    ("kl_to_reference", "KL to reference (nats per response)", ""),
+    ("response_length", "response length (tokens)", ""),
+    ("eos_rate", "ends by itself", "%"),
+    ("pretrain_loss", "pre-training loss (nats per token)", ""),
 )
 _NOTES = """\
 - **Intervals.** Every `x [low, high]` is a mean with its 95 % interval over held-out
@@ -148,12 +148,9 @@ def _claims(results: Sequence[ClaimResult]) -> str:
         if result.estimate is None:
             measured = NOT_MEASURED
         else:
-            measured = format_estimate(result.estimate, claim.percent)
-        threshold = (
-            f"> {100 * claim.threshold:g} %"
-            if claim.percent
-            else f"> {claim.threshold:g}"
-        )
+            measured = format_estimate(result.estimate, claim.unit)
+        scale = 100 if claim.unit else 1
+        threshold = f"> {scale * claim.threshold:g} {claim.unit}".rstrip()
         rows.append(
             (
                 f"{_VERDICT_MARKS[result.verdict]} {result.verdict}",
@@ -175,8 +172,8 @@ def _models(run: RunData) -> str:
     rows = []
     for name in ordered:
         row = [f"**{MODEL_LABELS[name]}**"]
-        for quantity, _, percent in _MODEL_COLUMNS:
-            text = cell(run.evaluation, EVALUATION, percent, "models", name, quantity)
+        for quantity, _, unit in _MODEL_COLUMNS:
+            text = cell(run.evaluation, EVALUATION, unit, "models", name, quantity)
             if quantity == "win_rate_vs_sft" and text != NOT_MEASURED:
                 text += _outcomes(run.evaluation["models"][name])
             row.append(text)
@@ -186,7 +183,7 @@ def _models(run: RunData) -> str:
     labelled = [
         [f"**{MODEL_LABELS[name]}**"]
         + [
-            cell(run.evaluation, EVALUATION, True, "models", name, "metadata", label)
+            cell(run.evaluation, EVALUATION, "%", "models", name, "metadata", label)
             for label in METADATA_LABELS
         ]
         for name in ordered

@@ -6,15 +6,15 @@ from rlhf_jax.evaluation.measurements import (
     Document,
     optional_estimate,
 )
-from rlhf_jax.evaluation.statistics import format_estimate
+from rlhf_jax.evaluation.statistics import Unit, format_estimate
 
 NOT_MEASURED = "–"
 
 
-def cell(document: Document, file: str, percent: bool, *path: str) -> str:
+def cell(document: Document, file: str, unit: Unit, *path: str) -> str:
     """One estimate of a parsed evaluation as text."""
     estimate = optional_estimate(document, file, *path)
-    return NOT_MEASURED if estimate is None else format_estimate(estimate, percent)
+    return NOT_MEASURED if estimate is None else format_estimate(estimate, unit)
 
 
 def reward_model_section(document: Document) -> str:
@@ -23,7 +23,7 @@ def reward_model_section(document: Document) -> str:
         return f"Not evaluated: there is no `{REWARD_MODEL_EVALUATION}`."
 
     def percent(*path: str) -> str:
-        return cell(document, REWARD_MODEL_EVALUATION, True, *path)
+        return cell(document, REWARD_MODEL_EVALUATION, "%", *path)
 
     splits = {
         "train": ("training prompts", None),

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtri, stdtrit
+
+Unit = Literal["", "%", "points"]
 
 CONFIDENCE = 0.95
 _UPPER_TAIL = 0.5 + CONFIDENCE / 2
@@ -240,15 +242,16 @@ def independent_difference(a: Estimate, b: Estimate) -> Estimate:
     )
 
 
-def format_estimate(estimate: Estimate, percent: bool = False) -> str:
-    """`0.123 [0.100, 0.146]`, or `12.3 % [10.0, 14.6]` of a rate."""
-    scale, digits, unit = (100, 1, " %") if percent else (1, 3, "")
+def format_estimate(estimate: Estimate, unit: Unit = "") -> str:
+    """`0.123 [0.100, 0.146]`; a rate `12.3 % [10.0, 14.6]`, a difference of rates
+    `12.3 points [10.0, 14.6]`."""
+    scale, digits = (100, 1) if unit else (1, 3)
     if not math.isfinite(estimate.high - estimate.low):
         interval = f"[no interval, n = {estimate.n}]"
     else:
         low, high = scale * estimate.low, scale * estimate.high
         interval = f"[{low:.{digits}f}, {high:.{digits}f}]"
-    return f"{scale * estimate.mean:.{digits}f}{unit} {interval}"
+    return f"{scale * estimate.mean:.{digits}f}{unit and ' '}{unit} {interval}"
 
 
 def _student_estimate(x: np.ndarray, cluster_index: np.ndarray) -> Estimate:

@@ -194,7 +194,8 @@ def test_cluster_interval_covers_where_the_plain_one_does_not():
 
 def test_format_states_percent_and_interval():
     estimate = Estimate(0.734, 0.714, 0.754, 10)
-    assert format_estimate(estimate, percent=True) == "73.4 % [71.4, 75.4]"
+    assert format_estimate(estimate, unit="%") == "73.4 % [71.4, 75.4]"
+    assert format_estimate(estimate, unit="points") == "73.4 points [71.4, 75.4]"
     assert format_estimate(estimate) == "0.734 [0.714, 0.754]"
 
 
