@@ -1,4 +1,8 @@
-"""Orbax checkpoints: the whole state of a stage, and the parameters it hands on."""
+"""Orbax checkpoints: the whole state of a stage, and the parameters it hands on.
+
+Orbax does not notice a bit that flips in the numbers it has stored, so every tree is
+saved beside the checksums of its leaves and compared with them when it is read.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -7,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+Array = jax.Array
 
 
 class CheckpointError(RuntimeError):
@@ -23,6 +30,51 @@ def _writing(path: Path) -> Iterator[None]:
             "What was saved before is kept: free some space or mend the permissions, "
             "and run the same command to go on"
         ) from error
+
+
+@jax.jit
+def checksums(tree: Any) -> Array:
+    """A number for each leaf that changes with any bit of it: uint32 [leaves].
+
+    sum_i (2 i + 1) bits_i modulo 2^32: odd factors, so that no flipped bit vanishes.
+    """
+
+    def checksum(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).reshape(-1)
+        place = jax.lax.iota(jnp.uint32, bits.size)
+        return jnp.sum(bits * (place * jnp.uint32(2) + jnp.uint32(1)))
+
+    return jnp.stack([checksum(x) for x in jax.tree.leaves(tree)])
+
+
+def _sealed(tree: Any) -> dict[str, Any]:
+    return {"tree": tree, "checksums": checksums(tree)}
+
+
+def _sealed_like(like: Any) -> dict[str, Any]:
+    """Shapes of `_sealed`, for trees of shapes."""
+    count = len(jax.tree.leaves(like))
+    return {"tree": like, "checksums": jax.ShapeDtypeStruct((count,), jnp.uint32)}
+
+
+def _opened(sealed: Any) -> Any:
+    """The tree of `_sealed`; raises ValueError, naming leaves that are not as saved."""
+    tree = sealed["tree"]
+    same = jax.device_get(checksums(tree)) == jax.device_get(sealed["checksums"])
+    if not same.all():
+        paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+        names = [
+            jax.tree_util.keystr(path)
+            for (path, _), ok in zip(paths, same, strict=True)
+            if not ok
+        ]
+        raise ValueError(f"wrong checksum: {names[0]} is not as it was saved")
+    return tree
 
 
 class Checkpoints:
@@ -53,7 +105,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         with _writing(self.path):  # of this save, or of the one before
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            self._manager.save(step, args=ocp.args.StandardSave(_sealed(state)))
 
     def restore_latest(self, like: Any) -> tuple[int, Any] | None:
         """Reads the newest whole checkpoint; None if there is none.
@@ -72,7 +124,8 @@ class Checkpoints:
         errors = []
         for step in steps:
             try:
-                state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+                args = ocp.args.StandardRestore(_sealed_like(like))
+                state = _opened(self._manager.restore(step, args=args))
             except Exception as error:  # Orbax raises many types for a broken file
                 problem = f"{self.path}/step_{step}: {type(error).__name__}: {error}"
                 errors.append(problem[:2000])
@@ -102,7 +155,7 @@ def save_params(path: Path, params: Any) -> None:
     import orbax.checkpoint as ocp
 
     with _writing(path), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.resolve(), params, force=True)
+        checkpointer.save(path.resolve(), _sealed(params), force=True)
 
 
 def load_params(path: Path, like: Any) -> Any:
@@ -121,14 +174,14 @@ def load_params(path: Path, like: Any) -> Any:
         raise CheckpointError(f"{path}: no parameters here; run that stage first")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(path.resolve(), like)
+            sealed = checkpointer.restore(path.resolve(), _sealed_like(like))
+        expected = [x.shape for x in jax.tree.leaves(like)]
+        if [x.shape for x in jax.tree.leaves(sealed["tree"])] != expected:
+            raise ValueError("another shape than its config")
+        return _opened(sealed)
     except Exception as error:  # Orbax raises many types for a broken file
         raise CheckpointError(
             f"{path}: cannot be read ({type(error).__name__}: {str(error)[:500]}). The "
             "files are damaged or belong to a model of another shape; delete the "
             "stage's folder and run the stage again"
         ) from error
-    expected = [x.shape for x in jax.tree.leaves(like)]
-    if [x.shape for x in jax.tree.leaves(params)] != expected:
-        raise CheckpointError(f"{path}: holds a model of another shape than its config")
-    return params

@@ -11,6 +11,7 @@ import pytest
 from rlhf_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
+    checksums,
     load_params,
     save_params,
 )
@@ -102,7 +103,33 @@ def remove_metadata(folder):
         file.unlink()
 
 
+def flip_a_bit(folder):
+    """Of the largest file of numbers."""
+    largest = max(folder.rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 8
+    largest.write_bytes(content)
+
+
 DAMAGES = [truncate, overwrite, remove_data, remove_metadata]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+def test_any_flipped_bit_changes_the_checksum_of_its_leaf_alone(dtype):
+    rng = np.random.default_rng(0)
+    size = jnp.dtype(dtype).itemsize
+    for shape in [(), (1,), (7, 5)]:
+        raw = rng.integers(0, 2, (*shape, size), dtype=np.uint8)
+        leaf = np.ascontiguousarray(raw).view(jnp.dtype(dtype)).reshape(shape)
+        tree = {"a": jnp.ones(3), "b": jnp.asarray(leaf)}
+        before = np.asarray(checksums(tree))
+        for _ in range(4):
+            flipped = raw.copy().reshape(-1)
+            bit = 1 if dtype == "bool" else 1 << rng.integers(8)
+            flipped[rng.integers(flipped.size)] ^= bit
+            other = flipped.view(jnp.dtype(dtype)).reshape(shape)
+            after = np.asarray(checksums(tree | {"b": jnp.asarray(other)}))
+            assert after[0] == before[0] and after[1] != before[1]
 
 
 def test_nothing_was_saved(tmp_path):
@@ -153,6 +180,27 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, cap
     step, state = restore(tmp_path)
     assert step == 5
     assert_same(state, make_state(5))
+
+
+def test_a_flipped_bit_among_the_numbers_names_its_leaf_and_falls_back(tmp_path, capfd):
+    """Orbax reads such numbers without a word: found by the checksum alone."""
+    rng = np.random.default_rng(0)
+    state = {"small": jnp.zeros(3), "large": jnp.float32(rng.normal(size=(64, 300)))}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, state)
+    checkpoints.save(5, state)
+    checkpoints.close()
+    flip_a_bit(tmp_path / "checkpoints" / "step_5")
+    step, restored = Checkpoints(tmp_path).restore_latest(shapes(state))
+    assert step == 3
+    assert_same(restored, state)
+    told = capfd.readouterr().err
+    assert "wrong checksum: ['large']" in told and "going on from step 3" in told
+
+    save_params(tmp_path / "params", state)
+    flip_a_bit(tmp_path / "params")
+    with pytest.raises(CheckpointError, match=r"wrong checksum: \['large'\]"):
+        load_params(tmp_path / "params", shapes(state))
 
 
 def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path):
