@@ -8,6 +8,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+MAX_LINE = 2**28
+"""Longest line in bytes; a longer one is refused before it fills the memory."""
+
 
 class DataError(ValueError):
     """An input that cannot be used; the message names file, line, field, way out."""
@@ -29,8 +32,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as file:
         try:
-            for raw in file:
+            while raw := file.readline(MAX_LINE + 1):
                 number += 1
+                if len(raw) > MAX_LINE:
+                    raise DataError(
+                        f"{path}:{number}: the line has more than {MAX_LINE} bytes. "
+                        "Break it into several lines."
+                    )
                 line = raw.removesuffix(b"\n").removesuffix(b"\r")
                 yield number, _decoded(line, path, number)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -51,12 +51,12 @@ class Tokenizer:
             raise DataError(f"{name}: is empty. {_NEEDED}")
         try:
             self._model = SentencePieceProcessor(model_proto=serialized)
-        except RuntimeError as error:
+            self._check(name)
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise DataError(
                 f"{name}: is not a whole SentencePiece model ({error}). {_NEEDED}"
             ) from error
         self._serialized = serialized
-        self._check(name)
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":

@@ -152,6 +152,16 @@ def corpus_batches(
     )
 
 
+def model_of_run(
+    cfg: PretrainConfig, vocab_size: int, eos_id: int
+) -> TransformerConfig:
+    """The shape of the config with what it learns from the run's tokenizer."""
+    document_end = eos_id if cfg.separate_documents else None
+    return dataclasses.replace(
+        cfg.model, vocab_size=vocab_size, document_end=document_end
+    )
+
+
 def run(cfg: PretrainConfig, tokenizer_cfg: TokenizerConfig, ctx: Context) -> None:
     """Pre-trains a model into RUN/pretrain, or goes on with it.
 
@@ -171,11 +181,7 @@ def run(cfg: PretrainConfig, tokenizer_cfg: TokenizerConfig, ctx: Context) -> No
     if stage.done:
         return
     tokenizer = get_tokenizer(tokenizer_cfg, ctx)
-    model = dataclasses.replace(
-        cfg.model,
-        vocab_size=tokenizer.vocab_size,
-        document_end=tokenizer.eos_id if cfg.separate_documents else None,
-    )
+    model = model_of_run(cfg, tokenizer.vocab_size, tokenizer.eos_id)
     batches = corpus_batches(
         ctx, tokenizer, "train", cfg.batch_size, cfg.seq_len, ctx.data_seed("pretrain")
     )

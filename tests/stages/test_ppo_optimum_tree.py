@@ -4,6 +4,7 @@ Four tokens and three steps make 40 responses: with and without their end, of on
 three tokens. Reference and reward model are small random transformers.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -23,8 +24,8 @@ from rlhf_jax.stages.ppo_state import Frozen, PPOConfig, PPOInputs, init_ppo_sta
 from rlhf_jax.stages.scoring import policy_logprobs, response_scores
 from rlhf_jax.training.optimizers import OptimizerConfig
 
-BETAS = np.array([0.3, 1.0, 3.0])
-EOS, V, R, B = 0, 4, 3, 256
+BETAS = np.array([0.15, 0.3, 1.0])
+EOS, V, R, B = 0, 4, 3, 128
 MODEL = TransformerConfig(
     num_layers=1, model_dim=16, num_heads=2, max_len=8, vocab_size=V, embed_std=0.5
 )
@@ -32,7 +33,7 @@ OPTIMIZER = OptimizerConfig(
     learning_rate=0.01, schedule="linear", final_fraction=0.0, b2=0.99
 )
 CFG = PPOConfig(
-    num_iterations=400,
+    num_iterations=300,
     batch_size=B,
     num_minibatches=1,
     prompt_len=2,
@@ -96,7 +97,7 @@ def world():
 
 
 def train(cfg, kl_coefs):
-    """log pi of all responses after PPO with each coefficient, and the last metrics."""
+    """log pi of all responses after PPO with each coefficient; KL of each iteration."""
     reference, reward_model, _ = world()
     frozen = Frozen(reference=reference, reward_model=reward_model)
     nothing = jnp.zeros((0, cfg.ptx_len), jnp.int32)
@@ -127,15 +128,15 @@ def train(cfg, kl_coefs):
                 eos_id=EOS,
                 pad_id=EOS,
             )
-            return state, (metrics["objective/kl"], state.kl_coef)
+            return state, metrics["objective/kl"]
 
-        state, watched = jax.lax.scan(
+        state, kls = jax.lax.scan(
             iteration, state.replace(kl_coef=kl_coef), None, cfg.num_iterations
         )
-        return response_logprobs(state.params["policy"]), watched
+        return response_logprobs(state.params["policy"]), kls
 
-    logprobs, watched = run(jnp.asarray(kl_coefs, jnp.float32))
-    return np.asarray(logprobs, np.float64), watched
+    logprobs, kls = run(jnp.asarray(kl_coefs, jnp.float32))
+    return np.asarray(logprobs, np.float64), kls
 
 
 def optimum(beta):
@@ -170,8 +171,7 @@ def test_ppo_reaches_the_closed_form_over_whole_responses(index):
     best = optimum(beta)
     reference = np.asarray(jax.jit(response_logprobs)(world()[0]), np.float64)
     distance, start = kl(found, best), kl(reference, best)
-    print(beta, distance, start)
-    assert distance < 0.01 or distance < 0.02 * start  # nats
+    assert distance < 0.02 * start
     # and no policy is better than pi*: the objective there is beta log Z
     rewards = world()[2]
     value = np.exp(found) @ rewards - beta * kl(found, reference)
@@ -189,19 +189,22 @@ def test_with_k3_in_the_reward_ppo_ends_elsewhere(monkeypatch):
 
     monkeypatch.setattr(experience, "kl_penalized_rewards", with_k3)
     found, _ = train(CFG, BETAS)
-    distances = [kl(f, optimum(beta)) for f, beta in zip(found, BETAS, strict=True)]
-    print(distances)
-    ours = [kl(f, optimum(beta)) for f, beta in zip(trained(), BETAS, strict=True)]
-    assert max(distances) > 10 * max(ours)
+    for index, beta in enumerate(BETAS):
+        theirs, ours = (kl(p[index], optimum(beta)) for p in (found, trained()))
+        assert theirs > 10 * ours
 
 
 def test_an_adaptive_coefficient_reaches_its_target():
     """Ziegler et al. 2019: the KL of the last iterations is the one asked for."""
-    import dataclasses
-
-    target = 0.3
-    cfg = dataclasses.replace(CFG, kl_target=target, kl_horizon=2000.0)
-    _, (kls, coefs) = train(cfg, [0.05, 5.0])
-    last = np.asarray(kls)[:, -50:].mean(axis=1)
-    print(last, np.asarray(coefs)[:, [0, 100, 200, 300, -1]])
-    np.testing.assert_allclose(last, target, rtol=0.15)
+    target = 0.5
+    constant = dataclasses.replace(OPTIMIZER, schedule="constant")
+    cfg = dataclasses.replace(
+        CFG,
+        kl_target=target,
+        kl_horizon=2560.0,
+        policy_optimizer=constant,
+        value_optimizer=constant,
+    )
+    _, kls = train(cfg, [0.3, 1.2])
+    last = np.asarray(kls)[:, -80:].mean(axis=1)
+    np.testing.assert_allclose(last, target, rtol=0.1)
