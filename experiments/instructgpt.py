@@ -7,6 +7,8 @@ python -m experiments.instructgpt smoke --ppo.kl-coef 0.1
 Stages that are finished in --run are skipped; an interrupted one goes on where it was.
 """
 
+import jax
+
 from experiments.config import InstructGPT
 from experiments.run import main
 from rlhf_jax.stages import (
@@ -45,6 +47,8 @@ def stages(cfg: InstructGPT, ctx: Context) -> None:
     ppo_run.run(cfg.ppo, ctx, "ppo")
     ppo_run.run(cfg.ppo_ptx, ctx, "ppo_ptx")
     evaluate.run(cfg.evaluate, ctx)
+    if jax.process_index():
+        return
     from rlhf_jax.evaluation.report import write_report  # matplotlib imports slowly
 
     print(f"report: {write_report(cfg.run)}")

@@ -266,7 +266,7 @@ def cpu() -> InstructGPT:
     sampling = Sampling(response_len=64)
     prompts = {"prompt_len": 128, "sampling": sampling}
     ppo = PPOConfig(
-        num_iterations=40,
+        num_iterations=30,
         batch_size=64,
         num_minibatches=8,
         policy_optimizer=_adamw(
@@ -288,7 +288,7 @@ def cpu() -> InstructGPT:
             model=TransformerConfig(
                 num_layers=4, model_dim=192, num_heads=6, max_len=512
             ),
-            num_steps=1400,
+            num_steps=1000,
             batch_size=8,
             seq_len=256,
             optimizer=_adamw(1.5e-3, warmup_steps=100, weight_decay=0.1, b2=0.98),
@@ -297,7 +297,7 @@ def cpu() -> InstructGPT:
         sft=SFTConfig(
             num_epochs=2,
             batch_size=16,
-            seq_len=192,
+            seq_len=160,
             dropout=0.1,
             optimizer=_adamw(3e-4),
             checkpoint_every=100,
@@ -305,7 +305,7 @@ def cpu() -> InstructGPT:
         sft_rl=SFTConfig(
             num_epochs=2,
             batch_size=16,
-            seq_len=192,
+            seq_len=160,
             dropout=0.1,
             pretrain_fraction=0.1,
             optimizer=_adamw(5e-4),
@@ -315,9 +315,9 @@ def cpu() -> InstructGPT:
         reward_model=RewardModelConfig(
             batch_size=8,
             prompt_len=128,
-            response_len=192,
+            response_len=128,
             optimizer=_adamw(1e-4),
-            loop=LoopConfig(checkpoint_every=30, eval_every=30),
+            loop=LoopConfig(checkpoint_every=50, eval_every=50),
         ),
         ppo=ppo,
         ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),

@@ -65,6 +65,15 @@ def _presets() -> str:
     return "\n".join(f"  {name:{width}}  {text}" for name, (text, _) in PRESETS.items())
 
 
+def _number_from(variable: str) -> int | None:
+    value = os.environ.get(variable)
+    if value is not None and not value.isdecimal():
+        raise SystemExit(
+            f"error: {variable} is {value!r}, not a number; mend or unset it"
+        )
+    return None if value is None else int(value)
+
+
 def main(
     module: str, description: str, stages: Callable[[InstructGPT, Context], None]
 ) -> None:
@@ -80,7 +89,11 @@ def main(
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize()
+        # JAX finds the other two numbers itself on SLURM and TPU pods
+        jax.distributed.initialize(
+            num_processes=_number_from("JAX_NUM_PROCESSES"),
+            process_id=_number_from("JAX_PROCESS_ID"),
+        )
     try:
         cfg.check(jax.device_count())
         with lock_run(cfg.run) if jax.process_index() == 0 else nullcontext():
@@ -93,6 +106,15 @@ def main(
         InvariantError,
     ) as error:
         raise SystemExit(f"error: {error}") from error
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise SystemExit(
+            f"error: process {jax.process_index()} of {jax.process_count()} cannot go "
+            f"on: {str(error)[:500]}\nAnother process of this run has ended, or cannot "
+            "be reached. Start the same command on every host again: it goes on from "
+            "the newest checkpoint"
+        ) from error
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise

@@ -24,7 +24,12 @@ from rlhf_jax.stages.scoring import (
     response_scores,
 )
 from rlhf_jax.training.loop import tracked
-from rlhf_jax.training.mesh import pad_rows, replicated, shard_batch
+from rlhf_jax.training.mesh import (
+    pad_rows,
+    replicated,
+    shard_batch,
+    shard_whole_batch,
+)
 from rlhf_jax.training.run_dir import read_json, write_text
 
 MODELS = {
@@ -143,7 +148,9 @@ class Measurer:
         self._scores = jax.jit(
             functools.partial(response_scores, model=reward.cfg), out_shardings=whole
         )
-        self._sums = jax.jit(functools.partial(sum_logprobs, model=model))
+        self._sums = jax.jit(
+            functools.partial(sum_logprobs, model=model), out_shardings=whole
+        )
         self._text = corpus_batches(
             ctx, reference.tokenizer, "valid", 8, cfg.text_len, None
         )
@@ -207,7 +214,7 @@ class Measurer:
                 answers[row, 0, : len(answer)] = answer
                 lengths[row, 0] = len(answer)
             batch = (prompts, prompt_lengths, answers, lengths)
-            batch = shard_batch(self._ctx.mesh, batch)
+            batch = shard_whole_batch(self._ctx.mesh, batch)
             scores = np.asarray(self._scores(self._reward.params, *batch))
             out += scores[: len(part), 0].tolist()
         if num_cut:

@@ -20,7 +20,13 @@ from rlhf_jax.objectives.language_modeling import next_token_loss, token_logprob
 from rlhf_jax.objectives.masking import masked_sum
 from rlhf_jax.stages.common import Context, Model, init_model, save_model
 from rlhf_jax.training.loop import LoopConfig, run_loop
-from rlhf_jax.training.mesh import jit_step, pad_rows, shard_batch, state_sharding
+from rlhf_jax.training.mesh import (
+    jit_step,
+    pad_rows,
+    replicated,
+    shard_batch,
+    state_sharding,
+)
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.run_dir import file_hash
 from rlhf_jax.training.state import init_state
@@ -105,7 +111,9 @@ def make_heldout_loss(
     max_batches: int | None = None,
 ) -> Callable[[Any], float]:
     """Returns `params -> mean loss, nats per token` over held-out batches in order."""
-    sums = jax.jit(functools.partial(sum_logprobs, model=model))
+    sums = jax.jit(
+        functools.partial(sum_logprobs, model=model), out_shardings=replicated(mesh)
+    )
     count = batches.steps_per_epoch
     count = count if max_batches is None else min(count, max_batches)
     devices = len(mesh.local_devices)

@@ -17,7 +17,7 @@ from rlhf_jax.evaluation.rankings import ranking_report
 from rlhf_jax.objectives.ranking import ranking_accuracy
 from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.scoring import response_scores
-from rlhf_jax.training.mesh import replicated, shard_batch
+from rlhf_jax.training.mesh import replicated, shard_whole_batch
 
 
 class RankingLimits(Protocol):
@@ -77,7 +77,7 @@ class RankingScorer:
         lengths: list[np.ndarray] = []
         for step in range(batches.steps_per_epoch):
             host = batches(step)
-            batch = shard_batch(self._ctx.mesh, host)
+            batch = shard_whole_batch(self._ctx.mesh, host)
             values = jax.device_get(
                 self._score(
                     params,
@@ -186,7 +186,7 @@ def evaluate_rankings(
     num_read: dict[str, dict[str, int]] = {}
     for name, split in splits.items():
         for file, records in read_rankings(ctx, split).items():
-            records = records[:512] if split == "train" else records
+            records = records[:256] if split == "train" else records
             kept, scores, lengths = scorer(params, records)
             if not kept:
                 print(f"{file}: no ranking fits the reward model; left out")

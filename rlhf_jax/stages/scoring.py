@@ -18,7 +18,7 @@ from rlhf_jax.nn.transformer import forward_responses
 from rlhf_jax.objectives.language_modeling import token_logprobs
 from rlhf_jax.objectives.masking import response_mask
 from rlhf_jax.stages.common import Context, Model
-from rlhf_jax.training.mesh import replicated, shard_batch
+from rlhf_jax.training.mesh import replicated, shard_whole_batch
 
 Array = jax.Array
 
@@ -197,7 +197,7 @@ class Sampler:
         responses: list[Response] = []
         values: dict[str, list[np.ndarray]] = {name: [] for name in measures}
         for step in range(batches.steps_per_epoch):
-            batch = shard_batch(self._ctx.mesh, batches(step))
+            batch = shard_whole_batch(self._ctx.mesh, batches(step))
             rollout = self._generate(
                 params,
                 batch.prompts,

@@ -1,6 +1,7 @@
 """The loop around a train step: batches, progress, metrics, checkpoints, signals."""
 
 import dataclasses
+import itertools
 import signal
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.mesh import shard_batch
@@ -149,7 +151,7 @@ def run_loop(
                 last = done == num_steps
                 if done % cfg.eval_every == 0 or last:
                     look(done, state)
-                signalled = stop.received  # read once: it may come at any moment
+                signalled = stop.reached()  # read once: it may come at any moment
                 if done % cfg.checkpoint_every == 0 or last or signalled:
                     save(done, state)
                 if signalled:
@@ -201,20 +203,35 @@ class _PlainProgress:
 
 
 class _StopSignals:
-    """Turns SIGTERM and SIGINT into a flag while a loop runs (main thread only)."""
+    """Turns SIGTERM and SIGINT into a flag while a loop runs (main thread only).
+
+    Several processes must stop after the same step: there JAX receives SIGTERM, and
+    tells all of them at which step to.
+    """
+
+    _calls = itertools.count()
 
     def __init__(self):
-        self.received: str | None = None
+        self._received: str | None = None
         self._before: dict[int, Any] = {}
 
+    def reached(self) -> str | None:
+        """The signal to stop after this step; called once a step by every process."""
+        if jax.process_count() == 1:
+            return self._received
+        call = next(_StopSignals._calls)
+        return "SIGTERM" if reached_preemption_sync_point(call) else None
+
     def __enter__(self):
+        if jax.process_count() > 1:
+            return self
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._receive)
         return self
 
     def _receive(self, number, _frame):
-        self.received = signal.Signals(number).name
+        self._received = signal.Signals(number).name
 
     def __exit__(self, *_):
         for number, handler in self._before.items():

@@ -84,6 +84,20 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
     )
 
 
+def shard_whole_batch(mesh: Mesh, batch: Any) -> Any:
+    """Deals the rows of a NumPy batch that every process holds whole over all devices.
+
+    For batches in order, whose results every process needs: evaluation and sampling.
+    """
+    sharding = batch_sharding(mesh)
+
+    def deal(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(deal, batch)
+
+
 def pad_rows(batch: Any, multiple: int) -> Any:
     """Repeats the last row with weight 0, up to a multiple, e.g. of the devices.
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ class NonFiniteError(FloatingPointError):
 class MetricsWriter:
     """Writes scalars of each step to `metrics.jsonl` and TensorBoard event files.
 
+    Where a run has several processes, all check the metrics and the first writes them.
     `push` keeps the metrics of a step on the device until the next one has been
     dispatched, so that the device never waits for the disk.
     """
@@ -34,11 +35,17 @@ class MetricsWriter:
                 updates that an interrupted run did not checkpoint and are done again.
             grads_like: pytree whose leaf names `nonfinite` flags refer to.
         """
+        self._names = leaf_names(grads_like)
+        self._pending: tuple[int, Any] | None = None
+        self._last_time = time.monotonic()
+        self._file: TextIO | None = None
+        if jax.process_index() == 0:
+            self._open(directory, first_step)
+
+    def _open(self, directory: Path, first_step: int) -> None:
         from tensorboardX import SummaryWriter
 
         self._path = directory / "metrics.jsonl"
-        self._names = leaf_names(grads_like)
-        self._pending: tuple[int, Any] | None = None
         lines = read_metrics(self._path) if first_step else []
         kept = [line for line in lines if line["step"] <= first_step]
         partial = self._path.with_suffix(".tmp")
@@ -49,7 +56,6 @@ class MetricsWriter:
             str(directory / "tensorboard"),
             purge_step=first_step + 1 if first_step else 0,
         )
-        self._last_time = time.monotonic()
 
     def push(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float] | None:
         """Takes the metrics of `step`; writes and returns those of the step before."""
@@ -79,6 +85,8 @@ class MetricsWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes host scalars of a step, e.g. of an evaluation."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -98,6 +106,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes both files."""
+        if self._file is None:
+            return
         self._file.close()
         self._board.close()
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from rlhf_jax.data.files import write_atomically
 from rlhf_jax.nn.config import TransformerConfig
 
 _COMMANDS = {"sft_rl": "sft", "sft_selected": "sft", "ppo_ptx": "ppo"}
@@ -21,11 +22,13 @@ class RunDirError(RuntimeError):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or none of it."""
+    """Writes a whole file or none of it.
+
+    Every process of a run writes its files: the same text, so that none waits.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with write_atomically(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def lock_run(run: Path) -> TextIO:

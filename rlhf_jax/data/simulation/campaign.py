@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from rlhf_jax.data.files import write_atomically
 from rlhf_jax.data.simulation.corpus import make_documents
 from rlhf_jax.data.simulation.judge import Judge
 from rlhf_jax.data.simulation.labelers import Labeler, make_labelers
@@ -198,6 +198,5 @@ def _write_jsonl(path: Path, records: list[dict[str, str]]) -> None:
 def _write(path: Path, text: str) -> None:
     """Writes a file at once: a reader sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with write_atomically(path) as partial:
+        partial.write_text(text)

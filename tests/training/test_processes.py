@@ -1,0 +1,169 @@
+"""Two processes do what one does; when one dies the other stops, and both go on."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("pretrain", "sft", "sft_rl", "reward_model", "ppo", "ppo_ptx")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts the smoke preset in one or two processes with one CPU device each."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def processes(run: Path, count: int, *options: str) -> list[subprocess.Popen]:
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        environment |= {"JAX_PLATFORMS": "cpu", "RLHF_JAX_CACHE": str(cache)}
+        if count > 1:
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                port = free.getsockname()[1]
+            environment |= {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": str(count),
+            }
+        return [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "experiments.instructgpt"),
+                    *("smoke", "--run", str(run), *options),
+                ],
+                cwd=ROOT,
+                env=environment | {"JAX_PROCESS_ID": str(index)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+            for index in range(count)
+        ]
+
+    return processes
+
+
+def finish(processes, timeout=900) -> list[tuple[int, str]]:
+    return [
+        (p.returncode, output)
+        for p in processes
+        for output, _ in [p.communicate(timeout=timeout)]
+    ]
+
+
+def lines(run: Path, stage: str) -> list[dict]:
+    rows = (run / stage / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row) for row in rows]
+
+
+def wait_for(processes, condition, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        for process in processes:
+            assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
+    run = tmp_path_factory.mktemp("alone") / "run"
+    ((code, output),) = finish(start(run, 1))
+    assert code == 0, output
+    return run
+
+
+@pytest.fixture(scope="module")
+def together(start, tmp_path_factory):
+    run = tmp_path_factory.mktemp("together") / "run"
+    for code, output in finish(start(run, 2)):
+        assert code == 0, output
+    return run
+
+
+def same_losses(ours: list[dict], theirs: list[dict]) -> None:
+    """Equal at the first update; later, rounding has been through Adam's roots."""
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row.keys() == expected.keys()
+        for name in {"loss", "heldout/loss"} & row.keys():
+            rtol = 1e-5 if row["step"] <= 1 else 2e-3
+            np.testing.assert_allclose(row[name], expected[name], rtol=rtol)
+
+
+def test_two_processes_have_the_losses_of_one(alone, together):
+    for stage in ("pretrain", "sft", "sft_rl"):
+        same_losses(lines(together, stage), lines(alone, stage))
+    assert (together / "report.md").exists()
+
+
+def test_from_the_same_models_two_processes_learn_and_sample_as_one(
+    start, alone, tmp_path
+):
+    run = tmp_path / "run"
+    left_out = ("reward_model", "sft_selected", "ppo*", "evaluate", "report*")
+    shutil.copytree(alone, run, ignore=shutil.ignore_patterns(*left_out))
+    for code, output in finish(start(run, 2)):
+        assert code == 0, output
+    same_losses(lines(run, "reward_model"), lines(alone, "reward_model"))
+    for stage in ("ppo", "ppo_ptx"):
+        first = [
+            next(row for row in lines(r, stage) if "objective/score" in row)
+            for r in (run, alone)
+        ]
+        for name in ("rollout/length", "rollout/eos_rate", "policy/entropy"):
+            np.testing.assert_allclose(first[0][name], first[1][name], rtol=1e-5)
+        for name in ("objective/score", "policy/loss", "value/loss", "returns/std"):
+            np.testing.assert_allclose(
+                first[0][name], first[1][name], rtol=5e-3, atol=1e-3
+            )
+
+
+def test_when_one_process_is_killed_the_other_stops_and_both_go_on(
+    start, together, tmp_path
+):
+    run = tmp_path / "run"
+    pair = start(run, 2)
+    metrics = run / "pretrain" / "metrics.jsonl"
+    wait_for(pair, lambda: metrics.exists() and metrics.read_text().count("\n") >= 5)
+    os.killpg(pair[1].pid, signal.SIGKILL)
+    began = time.monotonic()
+    output, _ = pair[0].communicate(timeout=200)
+    assert time.monotonic() - began < 200
+    assert pair[0].returncode != 0
+    print(time.monotonic() - began, output[-3000:])
+    assert "Another process of this run" in output or "heartbeat" in output.lower()
+    pair[1].communicate()
+    for code, output in finish(start(run, 2)):
+        assert code == 0, output
+    for stage in STAGES:
+        assert [without_time(x) for x in lines(run, stage)] == [
+            without_time(x) for x in lines(together, stage)
+        ]
+
+
+def test_a_terminated_pair_saves_the_same_step_and_goes_on(start, together, tmp_path):
+    run = tmp_path / "run"
+    pair = start(run, 2, "--pretrain.loop.checkpoint-every", "1000")
+    metrics = run / "pretrain" / "metrics.jsonl"
+    wait_for(pair, lambda: metrics.exists() and metrics.read_text().count("\n") >= 3)
+    pair[1].send_signal(signal.SIGTERM)  # to one of them: the other learns of it
+    for code, output in finish(pair, timeout=300):
+        print(output[-2000:])
+        assert code != 0 and "stopped by SIGTERM" in output
+
+
+def without_time(line: dict) -> dict:
+    line.pop("seconds", None)
+    return line
