@@ -266,7 +266,7 @@ def cpu() -> InstructGPT:
     sampling = Sampling(response_len=64)
     prompts = {"prompt_len": 128, "sampling": sampling}
     ppo = PPOConfig(
-        num_iterations=30,
+        num_iterations=20,
         batch_size=64,
         num_minibatches=8,
         policy_optimizer=_adamw(
@@ -277,7 +277,7 @@ def cpu() -> InstructGPT:
         ema_decay=0.98,
         ptx_len=128,
         eval_prompts=128,
-        loop=LoopConfig(checkpoint_every=15, eval_every=20),
+        loop=LoopConfig(checkpoint_every=10, eval_every=10),
         **prompts,
     )
     return InstructGPT(
@@ -288,7 +288,7 @@ def cpu() -> InstructGPT:
             model=TransformerConfig(
                 num_layers=4, model_dim=192, num_heads=6, max_len=512
             ),
-            num_steps=1000,
+            num_steps=800,
             batch_size=8,
             seq_len=256,
             optimizer=_adamw(1.5e-3, warmup_steps=100, weight_decay=0.1, b2=0.98),
@@ -326,8 +326,8 @@ def cpu() -> InstructGPT:
             few_shot_len=384,
             sampling=sampling,
             text_len=256,
-            batch_size=125,
-            num_prompts=250,
+            batch_size=100,
+            num_prompts=200,
         ),
     )
 

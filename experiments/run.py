@@ -1,10 +1,11 @@
 """From a command line to stages: presets and options by tyro, devices, the context."""
 
-import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import NoReturn
 
 import jax
 import tyro
@@ -19,8 +20,6 @@ from rlhf_jax.training.checkpoint import CheckpointError
 from rlhf_jax.training.host import keep_freed_memory
 from rlhf_jax.training.metrics import NonFiniteError
 from rlhf_jax.training.run_dir import RunDirError, lock_run
-
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def make_context(cfg: InstructGPT) -> Context:
@@ -65,6 +64,13 @@ def _presets() -> str:
     return "\n".join(f"  {name:{width}}  {text}" for name, (text, _) in PRESETS.items())
 
 
+def _stop(number: int, _frame: object = None) -> NoReturn:
+    raise SystemExit(
+        f"stopped by {signal.Signals(number).name}; finished steps are kept, run the "
+        "same command to go on"
+    )
+
+
 def _number_from(variable: str) -> int | None:
     value = os.environ.get(variable)
     if value is not None and not value.isdecimal():
@@ -85,6 +91,7 @@ def main(
         stages: what to run.
     """
     cfg = parse(module, description, sys.argv[1:])
+    signal.signal(signal.SIGTERM, _stop)  # a training loop saves first
     keep_freed_memory()
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -116,9 +123,9 @@ def main(
             "the newest checkpoint"
         ) from error
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
         raise SystemExit(
-            f"error: {error}. What was saved before is kept: free some space or mend "
-            "the permissions, and run the same command to go on"
+            f"error: {error}. What was saved before is kept: free some space, or mend "
+            "the path or its permissions, and run the same command to go on"
         ) from error
+    except KeyboardInterrupt:
+        _stop(signal.SIGINT)

@@ -20,7 +20,8 @@ def check_invariants(
 ) -> None:
     """Checks the metrics of an update.
 
-    Every update: the first minibatch has ratio 1, the sampler's log-probabilities are
+    Every update: the first minibatch has ratio 1 and the last, where there are several,
+    another; the sampler's log-probabilities are
     those of the training forward pass, whitened advantages have mean 0 and variance 1,
     the entropy lies in [0, log V]. First update: the KL to the reference is 0, the
     value after the last token is the reward model's score (where the value model starts
@@ -52,6 +53,18 @@ def check_invariants(
         "policy/first_ratio_error",
         "dropout left on, another temperature or mask than when old_logprobs were made",
     )
+    several = cfg.num_epochs * cfg.num_minibatches > 1
+    if (
+        several
+        and values["policy/learning_rate"] > 0
+        and values["advantages/std"] > 1e-3
+    ):
+        require(
+            values["policy/last_ratio_error"] > 0.0,
+            "the ratio of the last minibatch must have left 1",
+            "policy/last_ratio_error",
+            "old_logprobs made anew after each step, no gradient, advantages all 0",
+        )
     require(
         values["rollout/logprob_mismatch_mean"] < tolerance,
         "the sampler and the training forward pass must agree on log-probabilities",

@@ -186,7 +186,7 @@ def evaluate_rankings(
     num_read: dict[str, dict[str, int]] = {}
     for name, split in splits.items():
         for file, records in read_rankings(ctx, split).items():
-            records = records[:256] if split == "train" else records
+            records = records[:128] if split == "train" else records
             kept, scores, lengths = scorer(params, records)
             if not kept:
                 print(f"{file}: no ranking fits the reward model; left out")

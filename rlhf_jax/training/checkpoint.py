@@ -4,14 +4,16 @@ Orbax does not notice a bit that flips in the numbers it has stored, so every tr
 saved beside the checksums of its leaves and compared with them when it is read.
 """
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, Sharding
 
 Array = jax.Array
 
@@ -32,11 +34,12 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-@jax.jit
 def checksums(tree: Any) -> Array:
     """A number for each leaf that changes with any bit of it: uint32 [leaves].
 
-    sum_i (2 i + 1) bits_i modulo 2^32: odd factors, so that no flipped bit vanishes.
+    sum_i mix(bits_i xor 0x9E3779B1 i) modulo 2^32, where mix is a bijection (the end of
+    MurmurHash3): one flipped bit always shows, several all but surely. Sums over the
+    axes as they are, so that a leaf that is cut over devices stays so.
     """
 
     def checksum(x):
@@ -45,27 +48,50 @@ def checksums(tree: Any) -> Array:
         if x.dtype == jnp.bool_:
             x = x.astype(jnp.uint8)
         unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).reshape(-1)
-        place = jax.lax.iota(jnp.uint32, bits.size)
-        return jnp.sum(bits * (place * jnp.uint32(2) + jnp.uint32(1)))
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+        place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+        for axis in reversed(range(x.ndim)):
+            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            place += index * jnp.uint32(stride % 2**32)
+            stride *= x.shape[axis]
+        bits ^= place * jnp.uint32(0x9E3779B1)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            bits = (bits ^ (bits >> jnp.uint32(shift))) * jnp.uint32(factor)
+        return jnp.sum(bits ^ (bits >> jnp.uint32(16)), dtype=jnp.uint32)
 
     return jnp.stack([checksum(x) for x in jax.tree.leaves(tree)])
 
 
+def _everywhere(tree: Any) -> Sharding | None:
+    """Where the checksums lie: on all devices that the leaves are on."""
+    sharding = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, jax.P())
+    return sharding
+
+
+@functools.cache
+def _compiled_checksums(sharding: Sharding | None) -> Callable[[Any], Array]:
+    return jax.jit(checksums, out_shardings=sharding)
+
+
 def _sealed(tree: Any) -> dict[str, Any]:
-    return {"tree": tree, "checksums": checksums(tree)}
+    sums = _compiled_checksums(_everywhere(tree))(tree)
+    return {"tree": tree, "checksums": sums}
 
 
 def _sealed_like(like: Any) -> dict[str, Any]:
     """Shapes of `_sealed`, for trees of shapes."""
     count = len(jax.tree.leaves(like))
-    return {"tree": like, "checksums": jax.ShapeDtypeStruct((count,), jnp.uint32)}
+    sums = jax.ShapeDtypeStruct((count,), jnp.uint32, sharding=_everywhere(like))
+    return {"tree": like, "checksums": sums}
 
 
 def _opened(sealed: Any) -> Any:
     """The tree of `_sealed`; raises ValueError, naming leaves that are not as saved."""
     tree = sealed["tree"]
-    same = jax.device_get(checksums(tree)) == jax.device_get(sealed["checksums"])
+    found = _compiled_checksums(_everywhere(tree))(tree)
+    same = jax.device_get(found) == jax.device_get(sealed["checksums"])
     if not same.all():
         paths, _ = jax.tree_util.tree_flatten_with_path(tree)
         names = [

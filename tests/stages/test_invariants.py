@@ -1,15 +1,20 @@
 """Each contradiction in PPO's numbers stops the run and names its likely causes."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import ppo_case as case
 import pytest
 
+from rlhf_jax.nn import transformer
+from rlhf_jax.stages import experience, ppo
 from rlhf_jax.stages.invariants import InvariantError, check_invariants, warn_of_trouble
 
 CFG = case.CONFIG
+SEVERAL = dataclasses.replace(CFG, num_minibatches=2)
 LARGE = dataclasses.replace(CFG, batch_size=64)
 
 
@@ -23,26 +28,25 @@ def first():
 def observed(state, frozen, inputs, rollout, scalars, **faults):
     """Metrics on the host of an iteration, with faults in what `optimize` is given."""
     cfg = CFG
-    experience, metrics = case.experience_fn(cfg)(
-        state, frozen, inputs, rollout, scalars
-    )
+    made, metrics = case.experience_fn(cfg)(state, frozen, inputs, rollout, scalars)
     # The stored rollout was not drawn from the policy: agree on its log-probabilities.
-    rollout = rollout.replace(logprobs=experience.old_logprobs)
+    rollout = rollout.replace(logprobs=made.old_logprobs)
     _, metrics = case.experience_fn(cfg)(state, frozen, inputs, rollout, scalars)
-    experience = experience.replace(**faults.get("experience", {}))
-    _, more = case.optimize_fn(cfg)(
-        state, experience, inputs, faults.get("update_scalars", scalars)
-    )
+    made = made.replace(**faults.get("experience", {}))
+    optimize = faults.get("optimize", case.optimize_fn(cfg))
+    _, more = optimize(state, made, inputs, faults.get("update_scalars", scalars))
     host = {k: np.asarray(v) for k, v in (metrics | more).items() if k != "nonfinite"}
     return {name: float(x) for name, x in host.items()}
 
 
 def test_a_real_first_iteration_passes(first):
     check_invariants(1, first, CFG, case.V)
+    check_invariants(1, first | {"policy/last_ratio_error": 0.1}, SEVERAL, case.V)
 
 
 VIOLATIONS = [
     ({"policy/first_ratio_error": 0.5}, "policy/first_ratio_error", "dropout"),
+    ({"policy/last_ratio_error": 0.0}, "policy/last_ratio_error", "after each step"),
     ({"rollout/logprob_mismatch_mean": 0.1}, "logprob_mismatch_mean", "temperature"),
     ({"policy/entropy_max": 9.0}, "policy/entropy_max", "not normalised"),
     ({"policy/entropy_min": -1.0}, "policy/entropy_min", "not normalised"),
@@ -58,7 +62,8 @@ VIOLATIONS = [
 @pytest.mark.parametrize(("change", "name", "cause"), VIOLATIONS)
 def test_a_violation_names_update_metric_value_and_causes(change, name, cause, first):
     with pytest.raises(InvariantError) as caught:
-        check_invariants(1, first | change, CFG, case.V)
+        moved = {"policy/last_ratio_error": 0.1}
+        check_invariants(1, first | moved | change, SEVERAL, case.V)
     text = str(caught.value)
     assert "PPO update 1" in text and name in text and cause in text
 
@@ -118,6 +123,45 @@ def test_a_shifted_mask_is_noticed():
         experience={"mask": jnp.asarray(mask)},
     )
     fails(faulty, "first_ratio_error")
+
+
+def test_dropout_left_on_in_the_update_is_noticed(monkeypatch):
+    forward = transformer.transformer
+
+    def with_dropout(params, tokens, positions, attend, cfg, key=None):
+        leaky = dataclasses.replace(cfg, dropout=0.1)
+        return forward(params, tokens, positions, attend, leaky, jax.random.key(1))
+
+    arguments = (case.make_inputs(), case.stored_rollout(), CFG.scalars())
+    monkeypatch.setattr(transformer, "transformer", with_dropout)
+    leaky = case.compiled(functools.partial(ppo.optimize, cfg=CFG, **case.SHAPES))
+    state = case.fresh_state()
+    made, _ = case.experience_fn(CFG)(state, case.frozen(), *arguments)
+    leaky(state, made, arguments[0], arguments[2])  # traced with dropout
+    monkeypatch.undo()
+    faulty = observed(state, case.frozen(), *arguments, optimize=leaky)
+    fails(faulty, "first_ratio_error")
+
+
+def test_whitening_over_padding_is_noticed(monkeypatch):
+    """Mean and variance of all positions: of the response tokens they are others."""
+
+    def unmasked(x, mask, shift_mean=True):
+        return (x - jnp.mean(x)) / jnp.sqrt(jnp.var(x) + 1e-8)
+
+    arguments = (case.make_inputs(), case.stored_rollout(), CFG.scalars())
+    monkeypatch.setattr(experience, "masked_whiten", unmasked)
+    wrong = case.compiled(
+        functools.partial(experience.make_experience, cfg=CFG, **case.SHAPES)
+    )
+    made, _ = case.experience_fn(CFG)(case.fresh_state(), case.frozen(), *arguments)
+    rollout = arguments[1].replace(logprobs=made.old_logprobs)
+    faulty = (case.make_inputs(), rollout, CFG.scalars())
+    made, metrics = wrong(case.fresh_state(), case.frozen(), *faulty)
+    _, more = case.optimize_fn(CFG)(case.fresh_state(), made, faulty[0], faulty[2])
+    values = {k: np.asarray(v) for k, v in (metrics | more).items()}
+    values.pop("nonfinite")
+    fails({name: float(x) for name, x in values.items()}, "whitened")
 
 
 def test_another_reference_is_noticed():

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -29,6 +31,12 @@ KINDS = {
     "ppo": "language_model",
     "ppo_ptx": "language_model",
 }
+# What else PPO carries from step to step: adaptive coefficient, whitened rewards.
+EVERYTHING = (
+    *("--ppo.kl-target", "1.0", "--ppo.kl-horizon", "100"),
+    *("--ppo.whiten-rewards", "True", "--ppo.num-iterations", "4"),
+    *("--ppo.missing-eos-score", "-1.0"),
+)
 FILES = (
     "collect/rankings_train.jsonl",
     "collect/rankings_valid.jsonl",
@@ -47,14 +55,14 @@ def command(tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "RLHF_JAX_CACHE": str(cache)}
 
-    def start(run: Path, *options: str) -> subprocess.Popen:
+    def start(run: Path, *options: str, log_compiles=False) -> subprocess.Popen:
         return subprocess.Popen(
             [
                 *(sys.executable, "-m", "experiments.instructgpt"),
-                *("smoke", "--run", str(run), *options),
+                *("smoke", "--run", str(run), *EVERYTHING, *options),
             ],
             cwd=ROOT,
-            env=environment,
+            env=environment | {"JAX_LOG_COMPILES": str(int(log_compiles))},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -70,12 +78,28 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(command, tmp_path_factory):
-    """An undisturbed run."""
+def told(command, tmp_path_factory):
+    """An undisturbed run, and what it said with every compilation logged."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    code, output = finish(command(run))
+    code, output = finish(command(run, log_compiles=True))
     assert code == 0, output
-    return run
+    return run, output
+
+
+@pytest.fixture(scope="module")
+def whole(told):
+    return told[0]
+
+
+def test_each_program_of_a_run_is_compiled_once(told):
+    """Four supervised stages, PPO and PPO-ptx: six updates, however many steps."""
+    compiled = re.findall(r"Compiling jit\((\w+)\) with global shapes", told[1])
+    counts = Counter(compiled)
+    print(counts)
+    assert counts["train_step"] == 4 and counts["ppo_update"] == 2
+    # samplers: SFT's choice of an epoch, collect and evaluate with and without
+    # examples, and held-out looks of PPO; the loop has no say in their number
+    assert counts["generate"] <= 6
 
 
 def same_run(run: Path, other: Path) -> None:

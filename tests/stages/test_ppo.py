@@ -155,6 +155,7 @@ def test_one_step_follows_the_summed_gradient(gradients, ptx_coef):
         "policy/learning_rate": 1e-2,
         "value/learning_rate": 2e-2,
         "policy/param_norm": norm(state.params["policy"]),
+        "value/param_norm": norm(state.params["value"]),
     }
     for name, number in numbers.items():
         np.testing.assert_allclose(metrics[name], number, rtol=1e-3, err_msg=name)
@@ -172,6 +173,12 @@ def test_diagnostics_equal_the_oracle(gradients):
     mask = np.asarray(experience.mask)
     old, advantages = (
         np.asarray(x) for x in (experience.old_logprobs, experience.advantages)
+    )
+    _, rollout_metrics = case.experience_fn(PTX)(
+        state, case.frozen(), inputs, case.stored_rollout(), PTX.scalars()
+    )
+    np.testing.assert_allclose(  # before the step the entropy is the rollout's
+        metrics["policy/update_entropy"], rollout_metrics["policy/entropy"], rtol=1e-4
     )
     numbers = oracle.ppo_diagnostics(on_policy, old, advantages, mask, 0.2)
     for name, number in numbers.items():

@@ -11,7 +11,7 @@ import oracle
 import ppo_case as case
 import pytest
 
-from rlhf_jax.data.batches import ranking_batches
+from rlhf_jax.data.batches import RankingBatch, ranking_batches
 from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.records import DataError, Demonstration, Ranking
 from rlhf_jax.stages.common import Context, Model
@@ -177,6 +177,47 @@ def test_a_small_set_of_rankings_is_learned_perfectly(params):
     assert float(metrics["accuracy"]) == 1.0
     assert float(metrics["loss"]) < 0.1
     assert float(state.params["head"]["shift"]) == float(params["head"]["shift"])
+
+
+def test_known_utilities_come_back_from_bradley_terry_choices(params):
+    """P(i over j) = sigmoid(u_i - u_j), six responses: the scores are u + constant."""
+    utilities = np.array([-1.5, -0.5, 0.0, 0.4, 1.0, 2.0])
+    rng = np.random.default_rng(0)
+    num_steps, B = 300, 256
+
+    def batch():
+        pairs = np.stack([rng.choice(6, 2, replace=False) for _ in range(B)])
+        margin = utilities[pairs[:, 0]] - utilities[pairs[:, 1]]
+        first_wins = rng.random(B) < 1 / (1 + np.exp(-margin))
+        ones = np.ones((B, 2), np.int32)
+        rankings = RankingBatch(
+            prompts=np.ones((B, 1), np.int32),
+            prompt_lengths=np.ones(B, np.int32),
+            responses=pairs[:, :, None].astype(np.int32) + 2,
+            response_lengths=ones,
+            ranks=np.where(first_wins[:, None], [1, 2], [2, 1]).astype(np.int32),
+        )
+        return WeightedRankings(rankings, np.full(B, 1 / B, np.float32))
+
+    optimizer = OptimizerConfig(learning_rate=1e-2)
+    step = case.compiled(
+        make_train_step(
+            functools.partial(reward_loss, model=MODEL), optimizer, num_steps
+        )
+    )
+    state = init_state(params, jax.random.key(0))
+    for _ in range(num_steps):
+        state, _ = step(state, batch(), optimizer.scalars())
+    found = response_scores(
+        state.params,
+        jnp.ones((1, 1), jnp.int32),
+        jnp.ones((1,), jnp.int32),
+        jnp.arange(2, 8, dtype=jnp.int32)[None, :, None],
+        jnp.ones((1, 6), jnp.int32),
+        MODEL,
+    )[0]
+    found = np.asarray(found) - np.mean(found)
+    np.testing.assert_allclose(found, utilities - utilities.mean(), atol=0.2)
 
 
 # ------------------------------------------------------------- scoring whole sets

@@ -1,8 +1,10 @@
 """A run is a function of its config: stopped anywhere, it goes on to the same state."""
 
+import functools
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -46,16 +48,19 @@ def make_batch(step, poison=False):
 @pytest.fixture(scope="module")
 def loop():
     """`loop(directory, **changes)` runs N steps, as a new process would."""
-    mesh = MeshConfig().make()
+    everywhere = MeshConfig().make()
 
     def make():
         params = {"b": jnp.zeros(8), "embed": jnp.ones(4)}
         return init_state(params, jax.random.key(0))
 
-    sharding = state_sharding(mesh, jax.eval_shape(make))
-    step = jit_step(make_train_step(loss, CFG, N), mesh, sharding)
+    @functools.cache
+    def compiled(mesh):
+        sharding = state_sharding(mesh, jax.eval_shape(make))
+        return sharding, jit_step(make_train_step(loss, CFG, N), mesh, sharding)
 
-    def run(directory, **changes):
+    def run(directory, mesh=everywhere, **changes):
+        sharding, step = compiled(mesh)
         state = jax.device_put(make(), sharding)
         arguments = {
             "name": "toy",
@@ -123,6 +128,53 @@ def test_a_killed_run_ends_in_the_same_state_and_metrics(
     assert asked == list(range(bad_step // 4 * 4, N))
     assert_same(state, uninterrupted[0])
     assert metrics(tmp_path) == uninterrupted[1]
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_a_run_goes_on_with_another_number_of_devices(
+    devices, loop, uninterrupted, tmp_path
+):
+    """The same batches in the same order; equal up to the order of sums."""
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    fewer = jax.make_mesh(
+        (1, devices), ("data", "fsdp"), axis_types=auto, devices=jax.devices()[:devices]
+    )
+    with pytest.raises(Crash):
+        loop(tmp_path, batches=crash_at(6))
+    asked = []
+    state = loop(
+        tmp_path,
+        mesh=fewer,
+        batches=lambda step: asked.append(step) or make_batch(step),
+    )
+    assert asked == list(range(4, N))
+    for name, leaf in uninterrupted[0].params.items():
+        np.testing.assert_allclose(state.params[name], leaf, rtol=1e-5, atol=1e-6)
+    for row, expected in zip(metrics(tmp_path), uninterrupted[1], strict=True):
+        np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-5)
+
+
+def test_a_clock_that_goes_back_changes_nothing_but_times(
+    loop, uninterrupted, tmp_path, monkeypatch
+):
+    now = [1e9]
+
+    def back():
+        now[0] -= 3600.0
+        return now[0]
+
+    monkeypatch.setattr(time, "time", back)
+    monkeypatch.setattr(time, "monotonic", back)
+    with pytest.raises(Crash):
+        loop(tmp_path, batches=crash_at(6))
+    assert_same(loop(tmp_path), uninterrupted[0])
+    assert metrics(tmp_path) == uninterrupted[1]
+
+
+def test_metrics_that_cannot_be_written_are_named(loop, tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OSError, match="metrics.jsonl"):
+        loop(tmp_path)
 
 
 def test_every_update_has_one_line_with_its_own_loss(uninterrupted):
