@@ -71,13 +71,13 @@ class InstructGPT:
     evaluate: EvaluateConfig = EvaluateConfig()
     """Held-out evaluation."""
 
-    def check(self, num_devices: int) -> None:
+    def check(self, num_devices: int, num_processes: int = 1) -> None:
         """Refuses what would only fail after earlier stages have run.
 
         Raises:
             DataError: if a count is not positive, anything is longer than the model's
                 context, or a batch cannot be cut into its microbatches or dealt over
-                the devices.
+                the devices and processes.
         """
         if self.data is None and self.files == REAL_FILES:
             raise DataError("this preset reads files of yours: give --data DIR")
@@ -95,6 +95,19 @@ class InstructGPT:
                     f"{name}: batches of {rows} rows must be a multiple of "
                     f"num_microbatches {parts} and of the {num_devices} devices; "
                     f"change {name}.batch-size"
+                )
+        parts = {
+            f"{name}.batch-size": getattr(self, name).batch_size
+            for name in ("sft", "sft_rl", "reward_model")
+        }
+        for name in ("sft", "sft_rl"):
+            rows = getattr(self, name).num_pretrain_rows
+            parts[f"pre-training rows of {name}.batch-size"] = rows
+        for name, rows in parts.items():
+            if rows % num_processes:
+                raise DataError(
+                    f"{name} {rows} cannot be dealt over {num_processes} processes; "
+                    "change it to a multiple"
                 )
         if self.data is None:
             self._check_campaign()

@@ -3,8 +3,9 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import jax
@@ -17,7 +18,7 @@ from rlhf_jax.data.sources import DataError
 from rlhf_jax.stages.common import Context
 from rlhf_jax.stages.invariants import InvariantError
 from rlhf_jax.training.checkpoint import CheckpointError
-from rlhf_jax.training.host import keep_freed_memory
+from rlhf_jax.training.host import all_processes_agree, keep_freed_memory
 from rlhf_jax.training.metrics import NonFiniteError
 from rlhf_jax.training.run_dir import RunDirError, lock_run
 
@@ -102,8 +103,8 @@ def main(
             process_id=_number_from("JAX_PROCESS_ID"),
         )
     try:
-        cfg.check(jax.device_count())
-        with lock_run(cfg.run) if jax.process_index() == 0 else nullcontext():
+        cfg.check(jax.device_count(), jax.process_count())
+        with _locked(cfg.run):
             stages(cfg, make_context(cfg))
     except (
         DataError,
@@ -112,20 +113,47 @@ def main(
         NonFiniteError,
         InvariantError,
     ) as error:
-        raise SystemExit(f"error: {error}") from error
+        _fail(f"error: {error}", error)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        raise SystemExit(
+        _fail(
             f"error: process {jax.process_index()} of {jax.process_count()} cannot go "
-            f"on: {str(error)[:500]}\nAnother process of this run has ended, or cannot "
-            "be reached. Start the same command on every host again: it goes on from "
-            "the newest checkpoint"
-        ) from error
+            f"on: {str(error)[:500]}\nWhere that is not about this process, another "
+            "process of this run has ended or cannot be reached. Start the same "
+            "command on every host again: it goes on from the newest checkpoint",
+            error,
+        )
     except OSError as error:
-        raise SystemExit(
+        _fail(
             f"error: {error}. What was saved before is kept: free some space, or mend "
-            "the path or its permissions, and run the same command to go on"
-        ) from error
+            "the path or its permissions, and run the same command to go on",
+            error,
+        )
     except KeyboardInterrupt:
         _stop(signal.SIGINT)
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """The run is this command's alone, or no process of it goes on."""
+    lock, refused = None, None
+    if jax.process_index() == 0:
+        try:
+            lock = lock_run(run)
+        except RunDirError as error:
+            refused = error
+    if not all_processes_agree(refused is None):
+        raise refused or RunDirError(f"{run}: refused to the first process, see there")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _fail(text: str, cause: Exception) -> NoReturn:
+    if jax.process_count() > 1:  # an exit in order would wait for the others
+        print(text, file=sys.stderr, flush=True)
+        os._exit(1)
+    raise SystemExit(text) from cause

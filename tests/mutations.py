@@ -48,6 +48,7 @@ _STEP = "rlhf_jax/training/step.py"
 _LOOP = "rlhf_jax/training/loop.py"
 _OPTIMIZERS = "rlhf_jax/training/optimizers.py"
 _METRICS = "rlhf_jax/training/metrics.py"
+_CHECKPOINT = "rlhf_jax/training/checkpoint.py"
 _BATCHES = "rlhf_jax/data/batches.py"
 _SCHEDULE = "rlhf_jax/data/schedule.py"
 
@@ -57,6 +58,7 @@ _T_UPDATE = "stages/test_ppo.py"
 _T_EXPERIENCE = "stages/test_experience.py"
 _T_SAMPLING = "nn/test_sampling.py"
 _T_TRANSFORMER = "nn/test_transformer.py"
+_T_CHECKPOINT = "training/test_checkpoint.py"
 _T_BATCHES = "data/test_batches.py"
 
 MUTATIONS = (
@@ -479,6 +481,41 @@ MUTATIONS = (
         "examples[index * size : (index + 1) * size]",
         "examples[:size]",
         _T_BATCHES,
+    ),
+    Mutation(
+        "a checksum that knows no places",
+        _CHECKPOINT,
+        "place += index * jnp.uint32(stride % 2**32)",
+        "place += index * jnp.uint32(0)",
+        _T_CHECKPOINT,
+    ),
+    Mutation(
+        "checksums that are not compared",
+        _CHECKPOINT,
+        "    if not same.all():",
+        "    if False:",
+        _T_CHECKPOINT,
+    ),
+    Mutation(
+        "checksums that stay where they were saved",
+        _CHECKPOINT,
+        "sums = jax.ShapeDtypeStruct((count,), jnp.uint32, sharding=_everywhere(like))",
+        "sums = jax.ShapeDtypeStruct((count,), jnp.uint32)",
+        _T_CHECKPOINT,
+    ),
+    Mutation(
+        "an invariant that a ratio of 1 forever satisfies",
+        "rlhf_jax/stages/invariants.py",
+        'values["policy/last_ratio_error"] > 0.0',
+        'values["policy/last_ratio_error"] >= 0.0',
+        "stages/test_invariants.py",
+    ),
+    Mutation(
+        "documents of a packed row that see each other",
+        "rlhf_jax/stages/pretrain.py",
+        "document_end = eos_id if cfg.separate_documents else None",
+        "document_end = None",
+        "test_dead_config.py",
     ),
 )
 

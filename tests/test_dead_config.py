@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import ppo_case as case
 import pytest
 
@@ -168,6 +169,39 @@ def effect_of_base(kind: str) -> str:
 def test_a_changed_field_changes_the_program_or_its_scalars(kind, name):
     effect, base = BASES[kind]
     assert effect(changed(base, name)) != effect_of_base(kind)
+
+
+def test_the_same_config_gives_the_same_program():
+    for kind, (effect, base) in BASES.items():
+        assert effect(dataclasses.replace(base)) == effect_of_base(kind)
+
+
+def test_every_scalar_of_ppo_changes_its_numbers():
+    cfg = BASES["ppo"][1]
+    update = case.compiled(case.update(cfg))
+    inputs, frozen = case.make_inputs(cfg), case.frozen()
+    state = case.later_state(cfg)
+
+    def numbers(scalars):
+        new, metrics = update(state, inputs, frozen, scalars)
+        leaves = jax.tree.leaves((new.params, new.ema, new.kl_coef, metrics))
+        return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in leaves])
+
+    scalars = cfg.scalars()
+    before = numbers(scalars)
+    np.testing.assert_array_equal(before, numbers(scalars))
+    paths, tree = jax.tree_util.tree_flatten_with_path(scalars)
+    leaves = [leaf for _, leaf in paths]
+    for i, (path, leaf) in enumerate(paths):
+        name = jax.tree_util.keystr(path)
+        if "warmup_fraction" in name:  # these schedules have no warm-up
+            continue
+        # a tight clip, so that its ends are reached
+        other = (
+            leaf * 0.01 if "clip" in name or "max_grad" in name else leaf * 0.5 + 0.1
+        )
+        changed = tree.unflatten([*leaves[:i], other, *leaves[i + 1 :]])
+        assert np.any(numbers(changed) != before), name
 
 
 SMALL = SimulationConfig(

@@ -15,7 +15,7 @@ from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.collect import cut_few_shot, few_shot_examples
 from rlhf_jax.stages.common import Context, Model, check_compatible, load_model
 from rlhf_jax.stages.comparison import judge_results, sample_lines, summarize
-from rlhf_jax.stages.pretrain import corpus_batches, sum_logprobs
+from rlhf_jax.stages.pretrain import corpus_batches, heldout_rows, sum_logprobs
 from rlhf_jax.stages.scoring import (
     Response,
     Sampler,
@@ -152,7 +152,7 @@ class Measurer:
             functools.partial(sum_logprobs, model=model), out_shardings=whole
         )
         self._text = corpus_batches(
-            ctx, reference.tokenizer, "valid", 8, cfg.text_len, None
+            ctx, reference.tokenizer, "valid", heldout_rows(), cfg.text_len, None
         )
 
     def __call__(self, name: str, model: Model) -> dict[str, Any]:

@@ -28,7 +28,11 @@ from rlhf_jax.stages.ppo_state import (
     PPOState,
     init_ppo_state,
 )
-from rlhf_jax.stages.pretrain import corpus_batches, make_heldout_loss
+from rlhf_jax.stages.pretrain import (
+    corpus_batches,
+    heldout_rows,
+    make_heldout_loss,
+)
 from rlhf_jax.stages.scoring import Sampler, fitting, make_kl, reward_measure
 from rlhf_jax.training.loop import run_loop
 from rlhf_jax.training.mesh import jit_step, state_sharding
@@ -162,7 +166,8 @@ def make_evaluate(
     prompts = [records[i].prompt for i in range(len(records))]
     prompts = fitting(prompts, reference, cfg.prompt_len)[: cfg.eval_prompts]
     sampler = Sampler(reference, cfg.sampling, cfg.prompt_len, cfg.eval_prompts, ctx)
-    text = corpus_batches(ctx, reference.tokenizer, "valid", 8, cfg.ptx_len, None)
+    rows = heldout_rows()
+    text = corpus_batches(ctx, reference.tokenizer, "valid", rows, cfg.ptx_len, None)
     pretrain_loss = make_heldout_loss(reference.cfg, text, ctx.mesh, 16)
     kl = make_kl(reference, cfg.sampling, ctx.mesh)
     score = reward_measure(reward, ctx.mesh)

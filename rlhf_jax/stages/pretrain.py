@@ -140,6 +140,12 @@ def get_tokenizer(cfg: TokenizerConfig, ctx: Context) -> Tokenizer:
     return Tokenizer.load(path)
 
 
+def heldout_rows() -> int:
+    """Windows in a batch of held-out text: 8, or what the processes can share."""
+    count = jax.process_count()
+    return 8 if 8 % count == 0 else count
+
+
 def corpus_batches(
     ctx: Context,
     tokenizer: Tokenizer,

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 
+from rlhf_jax.training.host import all_processes_agree
+
 Array = jax.Array
 
 
@@ -149,11 +151,14 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         errors = []
         for step in steps:
+            state, problem = None, None
             try:
                 args = ocp.args.StandardRestore(_sealed_like(like))
                 state = _opened(self._manager.restore(step, args=args))
             except Exception as error:  # Orbax raises many types for a broken file
                 problem = f"{self.path}/step_{step}: {type(error).__name__}: {error}"
+            if not all_processes_agree(problem is None):
+                problem = problem or f"{self.path}/step_{step}: another process failed"
                 errors.append(problem[:2000])
                 print(f"warning: damaged checkpoint {problem}", file=sys.stderr)
                 continue

@@ -1,8 +1,19 @@
-"""The process a run lives in."""
+"""The processes a run lives in."""
 
 import ctypes
 import os
 import platform
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def all_processes_agree(ok: bool) -> bool:
+    """Whether it is so in every process; all of them must ask."""
+    if jax.process_count() == 1:
+        return ok
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
 
 
 def keep_freed_memory() -> None:

@@ -118,7 +118,8 @@ def test_a_wounded_file_is_refused_or_read_as_it_stands(kind, wounds, tmp_path_f
     for record, fields in zip(found, there, strict=True):
         for name, value in as_fields(kind, record).items():
             default = [True] * len(record.ended) if name == "ended" else None
-            assert value == fields.get(name, default)
+            there = fields.get(name, default)
+            assert json.dumps(value) == json.dumps(there)  # 1, not true or 1.0
 
 
 @settings(max_examples=100)
@@ -159,7 +160,9 @@ def test_wounded_gzip_is_refused_or_whole(wounds, tmp_path_factory):
     except DataError as error:
         assert str(error).startswith(f"{path}:")
         return
-    assert len(found) == 50 or not path.read_bytes()
+    # a gzip file may be empty, or be followed by another
+    assert found[:50] == [records.Prompt("a")] * min(50, len(found))
+    assert len(found) in (0, 50) or gzip.decompress(path.read_bytes()) != whole
 
 
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(
@@ -209,9 +212,11 @@ def test_wounded_tokenizers_are_refused_and_never_end_the_process(tmp_path):
     text = ["The fox runs over the hill and sings a song of rivers."] * 20
     train_tokenizer(text, 300).save(path)
     command = [sys.executable, "-c", TOKENIZER_PROGRAM, str(path), "300"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith("survived")
+    assert 0 < int(done.stdout.removeprefix("survived ")) < 300
 
 
 def test_kept_tokens_with_a_pickle_inside_are_refused(tmp_path):

@@ -133,10 +133,10 @@ def test_dropout_left_on_in_the_update_is_noticed(monkeypatch):
         return forward(params, tokens, positions, attend, leaky, jax.random.key(1))
 
     arguments = (case.make_inputs(), case.stored_rollout(), CFG.scalars())
-    monkeypatch.setattr(transformer, "transformer", with_dropout)
-    leaky = case.compiled(functools.partial(ppo.optimize, cfg=CFG, **case.SHAPES))
     state = case.fresh_state()
     made, _ = case.experience_fn(CFG)(state, case.frozen(), *arguments)
+    leaky = case.compiled(functools.partial(ppo.optimize, cfg=CFG, **case.SHAPES))
+    monkeypatch.setattr(transformer, "transformer", with_dropout)
     leaky(state, made, arguments[0], arguments[2])  # traced with dropout
     monkeypatch.undo()
     faulty = observed(state, case.frozen(), *arguments, optimize=leaky)
@@ -150,18 +150,25 @@ def test_whitening_over_padding_is_noticed(monkeypatch):
         return (x - jnp.mean(x)) / jnp.sqrt(jnp.var(x) + 1e-8)
 
     arguments = (case.make_inputs(), case.stored_rollout(), CFG.scalars())
-    monkeypatch.setattr(experience, "masked_whiten", unmasked)
+    fails(observed_with(monkeypatch, arguments, masked_whiten=unmasked), "whitened")
+
+
+def observed_with(monkeypatch, arguments, **replaced):
+    """Metrics of a first iteration whose `make_experience` calls other functions."""
+    models = (case.fresh_state(), case.frozen())
+    sound, _ = case.experience_fn(CFG)(*models, *arguments)
+    inputs, rollout, scalars = arguments
+    rollout = rollout.replace(logprobs=sound.old_logprobs)
     wrong = case.compiled(
         functools.partial(experience.make_experience, cfg=CFG, **case.SHAPES)
     )
-    made, _ = case.experience_fn(CFG)(case.fresh_state(), case.frozen(), *arguments)
-    rollout = arguments[1].replace(logprobs=made.old_logprobs)
-    faulty = (case.make_inputs(), rollout, CFG.scalars())
-    made, metrics = wrong(case.fresh_state(), case.frozen(), *faulty)
-    _, more = case.optimize_fn(CFG)(case.fresh_state(), made, faulty[0], faulty[2])
-    values = {k: np.asarray(v) for k, v in (metrics | more).items()}
-    values.pop("nonfinite")
-    fails({name: float(x) for name, x in values.items()}, "whitened")
+    with monkeypatch.context() as patch:
+        for name, function in replaced.items():
+            patch.setattr(experience, name, function)
+        made, metrics = wrong(*models, inputs, rollout, scalars)
+    _, more = case.optimize_fn(CFG)(models[0], made, inputs, scalars)
+    host = {k: np.asarray(v) for k, v in (metrics | more).items() if k != "nonfinite"}
+    return {name: float(x) for name, x in host.items()}
 
 
 def test_another_reference_is_noticed():
@@ -170,24 +177,30 @@ def test_another_reference_is_noticed():
     fails(observed(case.fresh_state(), other, *arguments), "objective/kl_per_token")
 
 
-def test_a_score_read_one_position_off_is_noticed():
-    """The reward model of this rollout sees one token less than the value model."""
-    inputs, rollout = case.make_inputs(), case.stored_rollout()
-    short = rollout.replace(lengths=jnp.maximum(rollout.lengths - 1, 1))
-    _, metrics = case.experience_fn(CFG)(
-        case.fresh_state(), case.frozen(), inputs, rollout, CFG.scalars()
-    )
-    assert float(metrics["value/last_minus_score"]) < 1e-4
-    state = case.fresh_state()
-    other = state.params["value"] | {"head": case.some_head(7)}
-    faulty = observed(
-        state.replace(params=state.params | {"value": other}),
-        case.frozen(),
-        inputs,
-        short,
-        CFG.scalars(),
-    )
+def test_a_score_read_one_position_off_is_noticed(monkeypatch):
+    """The reward model reads the token before the last, the value model the last."""
+    scores = experience.response_scores
+
+    def one_off(reward, prompts, prompt_lengths, responses, lengths, model):
+        before = jnp.maximum(lengths - 1, 0)
+        return scores(reward, prompts, prompt_lengths, responses, before, model)
+
+    arguments = (case.make_inputs(), case.stored_rollout(), CFG.scalars())
+    faulty = observed_with(monkeypatch, arguments, response_scores=one_off)
     fails(faulty, "value/last_minus_score")
+
+
+def test_old_logprobs_made_anew_after_each_step_are_noticed(first):
+    """Then every minibatch has ratio 1, and the clip never acts."""
+    several = dataclasses.replace(CFG, num_minibatches=2, num_epochs=2)
+    arguments = (case.make_inputs(), case.stored_rollout(), several.scalars())
+    state = case.fresh_state()
+    made, _ = case.experience_fn(CFG)(state, case.frozen(), *arguments)
+    _, sound = case.optimize_fn(several)(state, made, arguments[0], arguments[2])
+    moved = {"policy/last_ratio_error": float(sound["policy/last_ratio_error"])}
+    check_invariants(1, first | moved, several, case.V)
+    with pytest.raises(InvariantError, match="last_ratio_error.*made anew"):
+        check_invariants(1, first | {"policy/last_ratio_error": 0.0}, several, case.V)
 
 
 @pytest.mark.parametrize(

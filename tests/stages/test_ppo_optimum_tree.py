@@ -11,6 +11,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import ppo_case as case
 import pytest
 
@@ -33,9 +34,10 @@ OPTIMIZER = OptimizerConfig(
     learning_rate=0.01, schedule="linear", final_fraction=0.0, b2=0.99
 )
 CFG = PPOConfig(
-    num_iterations=300,
+    num_iterations=150,
     batch_size=B,
-    num_minibatches=1,
+    num_minibatches=2,
+    num_epochs=2,
     prompt_len=2,
     sampling=Sampling(response_len=R),
     policy_optimizer=OPTIMIZER,
@@ -152,17 +154,45 @@ def kl(log_p, log_q):
     return np.sum(np.exp(log_p) * (log_p - log_q))
 
 
-def test_the_responses_are_all_there_are():
-    reference, _, rewards = world()
+def test_the_responses_are_all_there_are_and_known_to_the_oracle():
+    reference, reward_model, rewards = world()
     assert N == 40
-    total = np.sum(np.exp(np.asarray(jax.jit(response_logprobs)(reference))))
-    np.testing.assert_allclose(total, 1.0, rtol=1e-5)
+    logprobs = np.asarray(jax.jit(response_logprobs)(reference))
+    np.testing.assert_allclose(np.sum(np.exp(logprobs)), 1.0, rtol=1e-5)
     assert np.std(rewards) > 0.5  # there is something to choose
+    policy = jax.device_get(reference)
+    scorer = jax.device_get(reward_model)
+    for n in range(N):
+        tokens = [1, 2, *RESPONSES[n, : LENGTHS[n]].tolist()]
+        hidden = oracle.hidden_states(policy, np.array(tokens), "pre")
+        logits = hidden @ policy["embed"].T
+        expected = sum(
+            oracle.log_softmax(logits[t - 1])[tokens[t]] for t in range(2, len(tokens))
+        )
+        np.testing.assert_allclose(logprobs[n], expected, atol=1e-4)
+        hidden = oracle.hidden_states(scorer["transformer"], np.array(tokens), "pre")
+        np.testing.assert_allclose(
+            rewards[n], hidden[-1] @ scorer["head"]["w"], atol=1e-4
+        )
 
 
 @functools.cache
+def runs():
+    return train(CFG, BETAS)
+
+
 def trained():
-    return train(CFG, BETAS)[0]
+    return runs()[0]
+
+
+@pytest.mark.parametrize("index", range(len(BETAS)))
+def test_the_kl_that_is_logged_is_the_exact_kl(index):
+    """Sampled k1 of the last iterations, in which the policy hardly moves."""
+    reference = np.asarray(jax.jit(response_logprobs)(world()[0]), np.float64)
+    exact = kl(trained()[index], reference)
+    logged = np.asarray(runs()[1])[index, -20:]
+    error = np.std(logged) / len(logged) ** 0.5
+    assert abs(np.mean(logged) - exact) < 4 * error + 0.01 * exact
 
 
 @pytest.mark.parametrize("index", range(len(BETAS)))

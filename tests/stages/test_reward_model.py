@@ -28,7 +28,12 @@ from rlhf_jax.stages.reward_model import (
     reward_loss,
 )
 from rlhf_jax.stages.scoring import response_scores
-from rlhf_jax.training.mesh import MeshConfig
+from rlhf_jax.training.mesh import (
+    MeshConfig,
+    jit_step,
+    shard_batch,
+    state_sharding,
+)
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
@@ -177,6 +182,34 @@ def test_a_small_set_of_rankings_is_learned_perfectly(params):
     assert float(metrics["accuracy"]) == 1.0
     assert float(metrics["loss"]) < 0.1
     assert float(state.params["head"]["shift"]) == float(params["head"]["shift"])
+
+
+@pytest.mark.parametrize(("data", "fsdp", "parts"), [(8, 1, 1), (2, 4, 1), (1, 1, 4)])
+def test_an_update_knows_neither_devices_nor_microbatches(params, data, fsdp, parts):
+    batch = jax.tree.map(
+        lambda x: np.concatenate([x, x]), jax.device_get(weighted(RANKINGS))
+    )
+    batch = batch.replace(weights=batch.weights / 2)
+
+    def update(data, fsdp, parts):
+        auto = (jax.sharding.AxisType.Auto,) * 2
+        devices = jax.devices()[: data * fsdp]
+        mesh = jax.make_mesh(
+            (data, fsdp), ("data", "fsdp"), axis_types=auto, devices=devices
+        )
+        optimizer = OptimizerConfig(learning_rate=1e-2, eps=1e-3)
+        loss = functools.partial(reward_loss, model=MODEL)
+        state = init_state(params, jax.random.key(0))
+        sharding = state_sharding(mesh, state)
+        state = jax.tree.map(jnp.copy, jax.device_put(state, sharding))
+        step = jit_step(make_train_step(loss, optimizer, 10, parts), mesh, sharding)
+        state, metrics = step(state, shard_batch(mesh, batch), optimizer.scalars())
+        metrics.pop("nonfinite")
+        return jax.device_get((state.params, metrics))
+
+    case.assert_trees_close(
+        update(data, fsdp, parts), update(1, 1, 1), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_known_utilities_come_back_from_bradley_terry_choices(params):

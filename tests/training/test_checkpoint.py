@@ -1,7 +1,11 @@
 """A checkpoint comes back bit for bit, or says which file is broken."""
 
 import gc
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +134,57 @@ def test_any_flipped_bit_changes_the_checksum_of_its_leaf_alone(dtype):
             other = flipped.view(jnp.dtype(dtype)).reshape(shape)
             after = np.asarray(checksums(tree | {"b": jnp.asarray(other)}))
             assert after[0] == before[0] and after[1] != before[1]
+
+
+def test_damage_to_many_numbers_changes_the_checksum():
+    x = jnp.float32(np.random.default_rng(0).normal(size=(64, 32)))
+    damaged = [
+        -x,
+        x[::-1],
+        x.T.reshape(64, 32),
+        x.at[:2].multiply(-1.0),
+        x.at[3].set(0),
+    ]
+    sums = [int(checksums({"x": y})[0]) for y in (x, *damaged)]
+    assert len(set(sums)) == len(sums)
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 1), (8, 2), (1, 8)])
+def test_a_checkpoint_is_read_where_there_are_other_devices(tmp_path, before, after):
+    program = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from pathlib import Path
+from rlhf_jax.training.checkpoint import Checkpoints, load_params, save_params
+from rlhf_jax.training.mesh import MeshConfig, state_sharding
+folder, what = Path(sys.argv[1]), sys.argv[2]
+tree = {"w": jnp.arange(64.0).reshape(8, 8), "key": jax.random.key(3)}
+sharding = state_sharding(MeshConfig(fsdp=jax.device_count()).make(), tree)
+tree = jax.device_put(tree, sharding)
+checkpoints = Checkpoints(folder)
+if what == "save":
+    checkpoints.save(1, tree)
+    save_params(folder / "params", tree)
+else:
+    shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    like = jax.tree.map(shape, tree, sharding)
+    step, state = checkpoints.restore_latest(like)
+    params = load_params(folder / "params", like)
+    for found in (state, params):
+        assert np.array_equal(found["w"], np.arange(64.0).reshape(8, 8))
+    assert step == 1
+checkpoints.close()
+"""
+    for count, what in ((before, "save"), (after, "load")):
+        flags = f"--xla_force_host_platform_device_count={count}"
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "x"), what],
+            env=os.environ | {"XLA_FLAGS": flags},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_nothing_was_saved(tmp_path):
