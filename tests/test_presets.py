@@ -49,16 +49,16 @@ def test_what_would_fail_late_is_refused_before_anything_runs(
         option(PRESETS["default"][1], path, value).check(num_devices=8)
 
 
-@pytest.mark.parametrize("name", ["default", "smoke", "cpu", "gpu"])
-@pytest.mark.parametrize("devices", [1, 2, 8])
 @pytest.mark.parametrize("path", ["sft.batch_size", "reward_model.batch_size"])
-def test_batches_that_processes_cannot_share_are_refused(path):
+def test_batches_that_processes_cannot_share_are_refused(path: str) -> None:
     preset = PRESETS["smoke"][1]
     preset.check(num_devices=2, num_processes=2)
     with pytest.raises(DataError, match="15 cannot be dealt over 2 processes"):
         option(preset, path, 15).check(num_devices=2, num_processes=2)
 
 
+@pytest.mark.parametrize("name", ["default", "smoke", "cpu", "gpu"])
+@pytest.mark.parametrize("devices", [1, 2, 8])
 def test_presets_fit_several_devices(name: str, devices: int) -> None:
     dataclasses.replace(PRESETS[name][1], data=Path("data")).check(devices)
 

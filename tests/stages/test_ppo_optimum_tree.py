@@ -201,7 +201,7 @@ def test_ppo_reaches_the_closed_form_over_whole_responses(index):
     best = optimum(beta)
     reference = np.asarray(jax.jit(response_logprobs)(world()[0]), np.float64)
     distance, start = kl(found, best), kl(reference, best)
-    assert distance < 0.02 * start
+    assert distance < max(0.004, 0.005 * start)  # nats
     # and no policy is better than pi*: the objective there is beta log Z
     rewards = world()[2]
     value = np.exp(found) @ rewards - beta * kl(found, reference)
@@ -232,6 +232,9 @@ def test_an_adaptive_coefficient_reaches_its_target():
         CFG,
         kl_target=target,
         kl_horizon=2560.0,
+        num_iterations=300,
+        num_minibatches=1,
+        num_epochs=1,
         policy_optimizer=constant,
         value_optimizer=constant,
     )
