@@ -105,8 +105,7 @@ def of_ppo(cfg: PPOConfig) -> str:
     state = case.fresh_state(cfg)
     inputs = case.make_inputs(cfg)
     arguments = (state, inputs, case.frozen(), cfg.scalars())
-    traced = program(case.update(cfg), *arguments)
-    return traced + str(cfg.scalars()) + str(state.kl_coef)
+    return program(case.update(cfg), *arguments)
 
 
 BASES = {
@@ -169,7 +168,17 @@ def effect_of_base(kind: str) -> str:
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_a_changed_field_changes_the_program_or_its_scalars(kind, name):
     effect, base = BASES[kind]
-    assert effect(changed(base, name)) != effect_of_base(kind)
+    other = changed(base, name)
+    # that every scalar of PPO counts is tested below
+    same = kind != "ppo" or same_numbers(other, base)
+    assert not same or effect(other) != effect_of_base(kind)
+
+
+def same_numbers(other: PPOConfig, base: PPOConfig) -> bool:
+    """Whether PPO is given the same scalars."""
+    if other.kl_coef != base.kl_coef:  # part of the state
+        return False
+    return str(other.scalars()) == str(base.scalars())
 
 
 def test_the_same_config_gives_the_same_program():

@@ -102,7 +102,11 @@ def run_loop(
     if restored is not None:
         first, state = restored
         print(f"{name}: going on from step {first}", file=sys.stderr)
-    writer = MetricsWriter(directory, first, grads_like)
+    try:
+        writer = MetricsWriter(directory, first, grads_like)
+    except OSError:
+        checkpoints.close()
+        raise
     console = Console(stderr=True)
     progress = Progress(
         TextColumn("{task.description}"),

@@ -209,6 +209,7 @@ def test_ppo_reaches_the_closed_form_over_whole_responses(index):
     assert value <= ceiling + 1e-6
 
 
+@pytest.mark.slow
 def test_with_k3_in_the_reward_ppo_ends_elsewhere(monkeypatch):
     """Why the penalty is k1: as a reward, k3 has another optimum than the KL."""
     penalized = experience.kl_penalized_rewards
@@ -224,6 +225,7 @@ def test_with_k3_in_the_reward_ppo_ends_elsewhere(monkeypatch):
         assert theirs > 10 * ours
 
 
+@pytest.mark.slow
 def test_an_adaptive_coefficient_reaches_its_target():
     """Ziegler et al. 2019: the KL of the last iterations is the one asked for."""
     target = 0.5
