@@ -21,11 +21,10 @@ def check_invariants(
     """Checks the metrics of an update.
 
     Every update: the first minibatch has ratio 1 and the last, where there are several,
-    another; the sampler's log-probabilities are
-    those of the training forward pass, whitened advantages have mean 0 and variance 1,
-    the entropy lies in [0, log V]. First update: the KL to the reference is 0, the
-    value after the last token is the reward model's score (where the value model starts
-    from it), some response ends.
+    another; the sampler's log-probabilities are those of the training forward pass,
+    whitened advantages have mean 0 and variance 1, the entropy lies in [0, log V].
+    First update: the KL to the reference is 0, the value after the last token is the
+    reward model's score (where the value model starts from it), some response ends.
 
     Args:
         update: updates done, 1 for the first.

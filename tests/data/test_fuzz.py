@@ -118,8 +118,8 @@ def test_a_wounded_file_is_refused_or_read_as_it_stands(kind, wounds, tmp_path_f
     for record, fields in zip(found, there, strict=True):
         for name, value in as_fields(kind, record).items():
             default = [True] * len(record.ended) if name == "ended" else None
-            there = fields.get(name, default)
-            assert json.dumps(value) == json.dumps(there)  # 1, not true or 1.0
+            expected = json.dumps(fields.get(name, default))
+            assert json.dumps(value) == expected  # 1, not true or 1.0
 
 
 @settings(max_examples=100)
