@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 _SCHEMA = 1  # part of the cache key: raise it when the stored features change
+_BLOCK = 1024  # records read at a time where all are read
 
 
 def find_files(root: Path | str, patterns: Sequence[str], split: Split) -> list[Path]:
@@ -161,9 +162,19 @@ class Records(Sequence[Any]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self._name}")
         index = index % len(self)
+        return self._checked(index, self._source[index])
+
+    def __iter__(self) -> Iterator[Any]:
+        for first in range(0, len(self), _BLOCK):
+            block = range(first, min(first + _BLOCK, len(self)))
+            rows = self._source.__getitems__(block)  # type: ignore[attr-defined]
+            for index, fields in zip(block, rows, strict=True):
+                yield self._checked(index, fields)
+
+    def _checked(self, index: int, features: dict[str, Any]) -> Any:
         where = f"{self._name}:{index}"
         try:
-            fields = {name: _plain(v) for name, v in self._source[index].items()}
+            fields = {name: _plain(value) for name, value in features.items()}
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{where}: holds text that is not UTF-8 ({error}). Prepare it again."

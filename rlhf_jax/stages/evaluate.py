@@ -25,8 +25,8 @@ from rlhf_jax.stages.scoring import (
 )
 from rlhf_jax.training.loop import tracked
 from rlhf_jax.training.mesh import (
+    jit_measure,
     pad_rows,
-    replicated,
     shard_batch,
     shard_whole_batch,
 )
@@ -138,19 +138,16 @@ class Measurer:
         """
         self._reference, self._reward, self._prompts = reference, reward, prompts
         self._cfg, self._ctx = cfg, ctx
-        whole = replicated(ctx.mesh)
         model, sampling = reference.cfg, cfg.sampling
         self._plain = Sampler(reference, sampling, cfg.prompt_len, cfg.batch_size, ctx)
         self._few_shot = Sampler(
             reference, sampling, cfg.few_shot_len, cfg.batch_size, ctx
         )
         self._kl = make_kl(reference, sampling, ctx.mesh)
-        self._scores = jax.jit(
-            functools.partial(response_scores, model=reward.cfg), out_shardings=whole
+        self._scores = jit_measure(
+            functools.partial(response_scores, model=reward.cfg), ctx.mesh
         )
-        self._sums = jax.jit(
-            functools.partial(sum_logprobs, model=model), out_shardings=whole
-        )
+        self._sums = jit_measure(functools.partial(sum_logprobs, model=model), ctx.mesh)
         self._text = corpus_batches(
             ctx, reference.tokenizer, "valid", heldout_rows(), cfg.text_len, None
         )

@@ -21,9 +21,9 @@ from rlhf_jax.objectives.masking import masked_sum
 from rlhf_jax.stages.common import Context, Model, init_model, save_model
 from rlhf_jax.training.loop import LoopConfig, run_loop
 from rlhf_jax.training.mesh import (
+    jit_measure,
     jit_step,
     pad_rows,
-    replicated,
     shard_batch,
     state_sharding,
 )
@@ -111,9 +111,7 @@ def make_heldout_loss(
     max_batches: int | None = None,
 ) -> Callable[[Any], float]:
     """Returns `params -> mean loss, nats per token` over held-out batches in order."""
-    sums = jax.jit(
-        functools.partial(sum_logprobs, model=model), out_shardings=replicated(mesh)
-    )
+    sums = jit_measure(functools.partial(sum_logprobs, model=model), mesh)
     count = batches.steps_per_epoch
     count = count if max_batches is None else min(count, max_batches)
     devices = len(mesh.local_devices)
@@ -135,8 +133,7 @@ def get_tokenizer(cfg: TokenizerConfig, ctx: Context) -> Tokenizer:
     path = ctx.stage("pretrain").path / "tokenizer.model"
     if not path.exists():
         corpus = ctx.inputs.read("corpus", "train")
-        documents = (corpus[i] for i in range(len(corpus)))
-        train_tokenizer(documents, cfg.vocab_size).save(path)
+        train_tokenizer(corpus, cfg.vocab_size).save(path)
     return Tokenizer.load(path)
 
 

@@ -17,7 +17,7 @@ from rlhf_jax.evaluation.rankings import ranking_report
 from rlhf_jax.objectives.ranking import ranking_accuracy
 from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.scoring import response_scores
-from rlhf_jax.training.mesh import replicated, shard_whole_batch
+from rlhf_jax.training.mesh import jit_measure, shard_whole_batch
 
 
 class RankingLimits(Protocol):
@@ -40,9 +40,8 @@ class RankingScorer:
         self._cfg, self._model, self._ctx = cfg, model, ctx
         devices = len(ctx.mesh.devices.flat)
         self._rows = -(-min(cfg.batch_size, 32) // devices) * devices
-        self._score = jax.jit(
-            functools.partial(response_scores, model=model.cfg),
-            out_shardings=replicated(ctx.mesh),
+        self._score = jit_measure(
+            functools.partial(response_scores, model=model.cfg), ctx.mesh
         )
 
     def __call__(
@@ -131,24 +130,22 @@ def read_rankings(ctx: Context, split: Split) -> dict[str, list[Ranking]]:
     if collected.exists():
         folder, cache = collected.parent, cache_dir() / "data"
         records = load("rankings", folder, (collected.name,), split, cache)
-        return {collected.name: [records[i] for i in range(len(records))]}
+        return {collected.name: list(records)}
     sources = {}
     for purpose in ("rankings", "comparisons"):
         if ctx.inputs.has(purpose, split):
             for name, records in ctx.inputs.read_by_file(purpose, split).items():
-                sources[name] = [records[i] for i in range(len(records))]
+                sources[name] = list(records)
     return sources
 
 
 def accuracy(scores: Sequence[np.ndarray], ranks: Sequence[Sequence[int]]) -> float:
     """Mean over rankings of the share of ordered pairs that the scores order so."""
-    shares = [
-        float(
-            ranking_accuracy(jnp.asarray(s)[None], jnp.asarray(r, jnp.int32)[None])[0]
-        )
-        for s, r in zip(scores, ranks, strict=True)
-    ]
-    return float(np.mean(shares))
+    shape = (len(scores), max(map(len, scores)))
+    padded, places = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    for i, (s, r) in enumerate(zip(scores, ranks, strict=True)):
+        padded[i, : len(s)], places[i, : len(r)] = s, r  # rank 0: no response
+    return float(jnp.mean(ranking_accuracy(jnp.asarray(padded), jnp.asarray(places))))
 
 
 def score_demonstrations(

@@ -18,7 +18,7 @@ from rlhf_jax.nn.transformer import forward_responses
 from rlhf_jax.objectives.language_modeling import token_logprobs
 from rlhf_jax.objectives.masking import response_mask
 from rlhf_jax.stages.common import Context, Model
-from rlhf_jax.training.mesh import replicated, shard_whole_batch
+from rlhf_jax.training.mesh import jit_measure, shard_whole_batch
 
 Array = jax.Array
 
@@ -138,9 +138,8 @@ class Sampler:
         self._prompt_len, self._ctx = prompt_len, ctx
         devices = len(ctx.mesh.devices.flat)
         self._batch_size = -(-batch_size // devices) * devices
-        whole = replicated(ctx.mesh)
         tokenizer = model.tokenizer
-        self._generate = jax.jit(
+        self._generate = jit_measure(
             functools.partial(
                 generate,
                 eos_id=tokenizer.eos_id,
@@ -148,7 +147,7 @@ class Sampler:
                 model=model.cfg,
                 sampling=sampling,
             ),
-            out_shardings=whole,
+            ctx.mesh,
         )
         self._measures: dict[Callable, Callable] = {}
 
@@ -229,7 +228,7 @@ class Sampler:
 def reward_measure(reward: Model, mesh: jax.sharding.Mesh) -> Callable:
     """A measure for `Sampler.measured`: the reward model's score of each sample."""
 
-    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    @functools.partial(jit_measure, mesh=mesh)
     def score(params, prompts, prompt_lengths, rollout):
         return response_scores(
             params,
@@ -250,9 +249,8 @@ def make_kl(
 
     Nats per response, see `sequence_kl`; compiled once.
     """
-    compiled = jax.jit(
-        functools.partial(sequence_kl, sampling=sampling, model=reference.cfg),
-        out_shardings=replicated(mesh),
+    compiled = jit_measure(
+        functools.partial(sequence_kl, sampling=sampling, model=reference.cfg), mesh
     )
     temperature = jnp.float32(sampling.temperature)
 

@@ -36,32 +36,28 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def checksums(tree: Any) -> Array:
-    """A number for each leaf that changes with any bit of it: uint32 [leaves].
+def checksum(x: Array) -> Array:
+    """A number that changes with any bit of an array: uint32 [].
 
     sum_i mix(bits_i xor 0x9E3779B1 i) modulo 2^32, where mix is a bijection (the end of
     MurmurHash3): one flipped bit always shows, several all but surely. Sums over the
     axes as they are, so that a leaf that is cut over devices stays so.
     """
-
-    def checksum(x):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x = jax.random.key_data(x)
-        if x.dtype == jnp.bool_:
-            x = x.astype(jnp.uint8)
-        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-        place, stride = jnp.zeros(x.shape, jnp.uint32), 1
-        for axis in reversed(range(x.ndim)):
-            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-            place += index * jnp.uint32(stride % 2**32)
-            stride *= x.shape[axis]
-        bits ^= place * jnp.uint32(0x9E3779B1)
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            bits = (bits ^ (bits >> jnp.uint32(shift))) * jnp.uint32(factor)
-        return jnp.sum(bits ^ (bits >> jnp.uint32(16)), dtype=jnp.uint32)
-
-    return jnp.stack([checksum(x) for x in jax.tree.leaves(tree)])
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        place += index * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    bits ^= place * jnp.uint32(0x9E3779B1)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return jnp.sum(bits ^ (bits >> jnp.uint32(16)), dtype=jnp.uint32)
 
 
 def _everywhere(tree: Any) -> Sharding | None:
@@ -73,13 +69,21 @@ def _everywhere(tree: Any) -> Sharding | None:
 
 
 @functools.cache
-def _compiled_checksums(sharding: Sharding | None) -> Callable[[Any], Array]:
-    return jax.jit(checksums, out_shardings=sharding)
+def _compiled_checksum(sharding: Sharding | None) -> Callable[[Array], Array]:
+    return jax.jit(checksum, out_shardings=sharding)
+
+
+def checksums(tree: Any) -> Array:
+    """The checksum of every leaf: uint32 [leaves].
+
+    Compiled for each shape of a leaf: all stages have nearly the same ones.
+    """
+    one = _compiled_checksum(_everywhere(tree))
+    return jnp.stack([one(x) for x in jax.tree.leaves(tree)])
 
 
 def _sealed(tree: Any) -> dict[str, Any]:
-    sums = _compiled_checksums(_everywhere(tree))(tree)
-    return {"tree": tree, "checksums": sums}
+    return {"tree": tree, "checksums": checksums(tree)}
 
 
 def _sealed_like(like: Any) -> dict[str, Any]:
@@ -92,8 +96,7 @@ def _sealed_like(like: Any) -> dict[str, Any]:
 def _opened(sealed: Any) -> Any:
     """The tree of `_sealed`; raises ValueError, naming leaves that are not as saved."""
     tree = sealed["tree"]
-    found = _compiled_checksums(_everywhere(tree))(tree)
-    same = jax.device_get(found) == jax.device_get(sealed["checksums"])
+    same = jax.device_get(checksums(tree)) == jax.device_get(sealed["checksums"])
     if not same.all():
         paths, _ = jax.tree_util.tree_flatten_with_path(tree)
         names = [

@@ -79,6 +79,8 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
             f"{rows} rows per process cannot be dealt over {devices} local devices; "
             "make the batch size a multiple of the number of devices"
         )
+    if jax.process_count() == 1:  # all arrays at once: a tenth of the time
+        return jax.device_put(batch, sharding)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
     )
@@ -125,15 +127,28 @@ def jit_step(step: Callable, mesh: Mesh, sharding: Any) -> Callable:
         mesh: where the batch lies.
         sharding: of the state, kept by the result.
     """
-    # LLVM's level 1 compiles sooner (PPO's update: 17 s, not 23) and, on CPU, programs
-    # are as fast: the work is in library calls and in loops that XLA has fused before.
-    cpu = mesh.devices.flat[0].platform == "cpu"
     return jax.jit(
         step,
         donate_argnums=0,
         out_shardings=(sharding, replicated(mesh)),
-        compiler_options={"xla_backend_optimization_level": 1} if cpu else None,
+        compiler_options=_compiler_options(mesh),
     )
+
+
+def jit_measure(measure: Callable, mesh: Mesh) -> Callable:
+    """Compiles a function of arrays whose whole result every process gets."""
+    return jax.jit(
+        measure,
+        out_shardings=replicated(mesh),
+        compiler_options=_compiler_options(mesh),
+    )
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    # LLVM's level 1 compiles sooner (PPO's update: 17 s, not 23) and, on CPU, programs
+    # are as fast: the work is in library calls and in loops that XLA has fused before.
+    cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_backend_optimization_level": 1} if cpu else None
 
 
 def pmap_step(step: Callable) -> Callable:
