@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import ppo_case as case
 import pytest
+from meshes import one_update
 
 from rlhf_jax.data.batches import RankingBatch, ranking_batches
 from rlhf_jax.data.prompts import PromptFormat
@@ -30,9 +31,6 @@ from rlhf_jax.stages.reward_model import (
 from rlhf_jax.stages.scoring import response_scores
 from rlhf_jax.training.mesh import (
     MeshConfig,
-    jit_step,
-    shard_batch,
-    state_sharding,
 )
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.state import init_state
@@ -190,25 +188,12 @@ def test_an_update_knows_neither_devices_nor_microbatches(params):
     )
     batch = batch.replace(weights=batch.weights / 2)
 
-    def update(data, fsdp, parts):
-        auto = (jax.sharding.AxisType.Auto,) * 2
-        devices = jax.devices()[: data * fsdp]
-        mesh = jax.make_mesh(
-            (data, fsdp), ("data", "fsdp"), axis_types=auto, devices=devices
+    loss = functools.partial(reward_loss, model=MODEL)
+    expected = one_update(loss, params, batch)
+    for other in ({"data": 4, "fsdp": 2}, {"num_microbatches": 4}):
+        case.assert_trees_close(
+            one_update(loss, params, batch, **other), expected, rtol=1e-4, atol=1e-5
         )
-        optimizer = OptimizerConfig(learning_rate=1e-2, eps=1e-3)
-        loss = functools.partial(reward_loss, model=MODEL)
-        state = init_state(params, jax.random.key(0))
-        sharding = state_sharding(mesh, state)
-        state = jax.tree.map(jnp.copy, jax.device_put(state, sharding))
-        step = jit_step(make_train_step(loss, optimizer, 10, parts), mesh, sharding)
-        state, metrics = step(state, shard_batch(mesh, batch), optimizer.scalars())
-        metrics.pop("nonfinite")
-        return jax.device_get((state.params, metrics))
-
-    expected = update(1, 1, 1)
-    for other in ((4, 2, 1), (1, 1, 4)):
-        case.assert_trees_close(update(*other), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_known_utilities_come_back_from_bradley_terry_choices(params):

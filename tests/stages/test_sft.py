@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import ppo_case as case
 import pytest
+from meshes import one_update
 
 from rlhf_jax.data.batches import TokenBatch, demonstration_batches
 from rlhf_jax.data.prompts import PromptFormat
@@ -115,6 +116,25 @@ def test_mixing_weighs_both_losses_by_the_fraction():
         loss, (mixed, demonstrations, text_batch(5))
     )
     np.testing.assert_allclose(both, 0.75 * first + 0.25 * second, rtol=1e-5)
+
+
+def test_an_update_knows_neither_devices_nor_microbatches():
+    """Rows of ragged responses beside rows of text."""
+    some = [Demonstration("ab"[: 1 + i % 2], "cdefg"[: 1 + i]) for i in range(5)]
+    demonstrations = jax.tree.map(np.asarray, batch_of(some))
+    batch = mixed_batches(lambda step: demonstrations, text_batch, 0.25)(5)
+    loss = functools.partial(lm_loss, model=case.MODEL)
+    expected = one_update(loss, case.transformer(0), batch)
+    for other in (
+        *({"data": 8}, {"fsdp": 8}, {"data": 4, "fsdp": 2}),
+        *({"num_microbatches": 2}, {"num_microbatches": 8}),
+    ):
+        case.assert_trees_close(
+            one_update(loss, case.transformer(0), batch, **other),
+            expected,
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 def test_mixing_asks_both_for_the_same_step():

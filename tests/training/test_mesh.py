@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import some_devices
 
 from rlhf_jax.data.batches import TokenBatch
 from rlhf_jax.nn.transformer import init_params
@@ -25,14 +26,6 @@ from rlhf_jax.training.step import make_train_step
 
 CFG = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, eps=1e-3)
 ROWS, T, STEPS = 16, 6, 3
-
-
-def some_devices(data: int, fsdp: int):
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    devices = jax.devices()[: data * fsdp]
-    return jax.make_mesh(
-        (data, fsdp), ("data", "fsdp"), axis_types=auto, devices=devices
-    )
 
 
 def make_batch(step: int, vocab_size: int) -> TokenBatch:

@@ -1,0 +1,31 @@
+"""One update of a stage on some of the test's devices."""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.training.mesh import jit_step, shard_batch, state_sharding
+from rlhf_jax.training.optimizers import OptimizerConfig
+from rlhf_jax.training.state import init_state
+from rlhf_jax.training.step import make_train_step
+
+
+def some_devices(data: int, fsdp: int) -> jax.sharding.Mesh:
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    devices = jax.devices()[: data * fsdp]
+    return jax.make_mesh(
+        (data, fsdp), ("data", "fsdp"), axis_types=auto, devices=devices
+    )
+
+
+def one_update(loss, params, batch, data=1, fsdp=1, num_microbatches=1):
+    """Parameters and metrics after the first update on data x fsdp devices."""
+    mesh = some_devices(data, fsdp)
+    optimizer = OptimizerConfig(learning_rate=1e-2, eps=1e-3)
+    state = init_state(params, jax.random.key(0))
+    sharding = state_sharding(mesh, state)
+    state = jax.tree.map(jnp.copy, jax.device_put(state, sharding))
+    step = make_train_step(loss, optimizer, 10, num_microbatches)
+    compiled = jit_step(step, mesh, sharding)
+    state, metrics = compiled(state, shard_batch(mesh, batch), optimizer.scalars())
+    metrics.pop("nonfinite")
+    return jax.device_get((state.params, metrics))
