@@ -144,10 +144,8 @@ class Measurer:
             reference, sampling, cfg.few_shot_len, cfg.batch_size, ctx
         )
         self._kl = make_kl(reference, sampling, ctx.mesh)
-        self._scores = jit_measure(
-            functools.partial(response_scores, model=reward.cfg), ctx.mesh
-        )
-        self._sums = jit_measure(functools.partial(sum_logprobs, model=model), ctx.mesh)
+        self._scores = jit_measure(response_scores, ctx.mesh, model=reward.cfg)
+        self._sums = jit_measure(sum_logprobs, ctx.mesh, model=model)
         self._text = corpus_batches(
             ctx, reference.tokenizer, "valid", heldout_rows(), cfg.text_len, None
         )

@@ -27,7 +27,7 @@ from rlhf_jax.stages.ppo_state import (
     PPOScalars,
     PPOState,
 )
-from rlhf_jax.stages.scoring import policy_logprobs, response_scores
+from rlhf_jax.stages.scoring import policy_logprobs, rollout_scores
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -125,14 +125,13 @@ def make_experience(
     ref_logprobs, _, _ = policy_logprobs(frozen.reference, *ids, *contract)
     all_values = response_values(state.params["value"], hidden, *ids, reward_model)
     values = all_values[:, :-1]
-    raw_scores = response_scores(
+    raw_scores = rollout_scores(
         frozen.reward_model,
         inputs.prompts,
         inputs.prompt_lengths,
-        rollout.responses[:, None],
-        rollout.lengths[:, None],
+        rollout,
         reward_model,
-    )[:, 0]
+    )
     scores = raw_scores
     if cfg.missing_eos_score is not None:
         scores = jnp.where(rollout.ended, raw_scores, cfg.missing_eos_score)

@@ -111,7 +111,7 @@ def make_heldout_loss(
     max_batches: int | None = None,
 ) -> Callable[[Any], float]:
     """Returns `params -> mean loss, nats per token` over held-out batches in order."""
-    sums = jit_measure(functools.partial(sum_logprobs, model=model), mesh)
+    sums = jit_measure(sum_logprobs, mesh, model=model)
     count = batches.steps_per_epoch
     count = count if max_batches is None else min(count, max_batches)
     devices = len(mesh.local_devices)

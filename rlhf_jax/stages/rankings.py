@@ -1,7 +1,6 @@
 """Rankings of a run: reading them, scoring them, and how well scores predict them."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -40,9 +39,7 @@ class RankingScorer:
         self._cfg, self._model, self._ctx = cfg, model, ctx
         devices = len(ctx.mesh.devices.flat)
         self._rows = -(-min(cfg.batch_size, 32) // devices) * devices
-        self._score = jit_measure(
-            functools.partial(response_scores, model=model.cfg), ctx.mesh
-        )
+        self._score = jit_measure(response_scores, ctx.mesh, model=model.cfg)
 
     def __call__(
         self, params: Any, rankings: Sequence[Ranking]

@@ -95,6 +95,20 @@ def response_scores(
     return scalar_head(reward_model["head"], last)
 
 
+def rollout_scores(
+    reward_model: Any,
+    prompts: Array,
+    prompt_lengths: Array,
+    rollout: Rollout,
+    model: TransformerConfig,
+) -> Array:
+    """Score of each sampled response: float32 [B], see `response_scores`."""
+    responses, lengths = rollout.responses[:, None], rollout.lengths[:, None]
+    return response_scores(
+        reward_model, prompts, prompt_lengths, responses, lengths, model
+    )[:, 0]
+
+
 def sequence_kl(
     policy: Any,
     reference: Any,
@@ -140,14 +154,12 @@ class Sampler:
         self._batch_size = -(-batch_size // devices) * devices
         tokenizer = model.tokenizer
         self._generate = jit_measure(
-            functools.partial(
-                generate,
-                eos_id=tokenizer.eos_id,
-                pad_id=tokenizer.pad_id,
-                model=model.cfg,
-                sampling=sampling,
-            ),
+            generate,
             ctx.mesh,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            model=model.cfg,
+            sampling=sampling,
         )
         self._measures: dict[Callable, Callable] = {}
 
@@ -227,19 +239,9 @@ class Sampler:
 
 def reward_measure(reward: Model, mesh: jax.sharding.Mesh) -> Callable:
     """A measure for `Sampler.measured`: the reward model's score of each sample."""
-
-    @functools.partial(jit_measure, mesh=mesh)
-    def score(params, prompts, prompt_lengths, rollout):
-        return response_scores(
-            params,
-            prompts,
-            prompt_lengths,
-            rollout.responses[:, None],
-            rollout.lengths[:, None],
-            reward.cfg,
-        )[:, 0]
-
-    return functools.partial(score, reward.params)
+    return functools.partial(
+        jit_measure(rollout_scores, mesh, model=reward.cfg), reward.params
+    )
 
 
 def make_kl(
@@ -249,9 +251,7 @@ def make_kl(
 
     Nats per response, see `sequence_kl`; compiled once.
     """
-    compiled = jit_measure(
-        functools.partial(sequence_kl, sampling=sampling, model=reference.cfg), mesh
-    )
+    compiled = jit_measure(sequence_kl, mesh, sampling=sampling, model=reference.cfg)
     temperature = jnp.float32(sampling.temperature)
 
     def kl(policy, prompts, prompt_lengths, rollout):

@@ -1,6 +1,7 @@
 """Devices: a mesh with data and fsdp axes, and the shardings shapes imply."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -135,10 +136,17 @@ def jit_step(step: Callable, mesh: Mesh, sharding: Any) -> Callable:
     )
 
 
-def jit_measure(measure: Callable, mesh: Mesh) -> Callable:
-    """Compiles a function of arrays whose whole result every process gets."""
+@functools.cache  # stages that measure the same share the program
+def jit_measure(measure: Callable, mesh: Mesh, **static: Any) -> Callable:
+    """Compiles a function of arrays whose whole result every process gets.
+
+    Args:
+        measure: of the module, not made anew for each caller.
+        mesh: of the run.
+        static: keyword arguments of `measure` that the program is made for.
+    """
     return jax.jit(
-        measure,
+        functools.partial(measure, **static),
         out_shardings=replicated(mesh),
         compiler_options=_compiler_options(mesh),
     )

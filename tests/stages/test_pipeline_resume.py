@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,7 @@ KINDS = {
 # What else PPO carries from step to step: adaptive coefficient, whitened rewards.
 EVERYTHING = (
     *("--ppo.kl-target", "1.0", "--ppo.kl-horizon", "100"),
-    *("--ppo.whiten-rewards", "True", "--ppo.num-iterations", "4"),
+    *("--ppo.whiten-rewards", "--ppo.num-iterations", "4"),
     *("--ppo.missing-eos-score", "-1.0"),
 )
 FILES = (
@@ -55,7 +56,12 @@ def command(tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "RLHF_JAX_CACHE": str(cache)}
 
-    def start(run: Path, *options: str, log_compiles=False) -> subprocess.Popen:
+    def start(
+        run: Path, *options: str, log_compiles=False, largest_file=None
+    ) -> subprocess.Popen:
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
         return subprocess.Popen(
             [
                 *(sys.executable, "-m", "experiments.instructgpt"),
@@ -67,6 +73,7 @@ def command(tmp_path_factory):
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=None if largest_file is None else limit,
         )
 
     return start
@@ -170,6 +177,20 @@ def test_a_terminated_run_says_so_and_goes_on(command, whole, tmp_path):
     assert "stopped by SIGTERM" in output and "run the same command" in output
     code, output = finish(command(run))
     assert code == 0 and "going on from step" in output
+    same_run(run, whole)
+
+
+def test_a_full_disk_is_told_and_costs_nothing_that_was_done(command, whole, tmp_path):
+    """A limit on the size of a file stands for the disk: no checkpoint fits in it."""
+    run = tmp_path / "run"
+    for done in ("data", "pretrain"):
+        shutil.copytree(whole / done, run / done)
+    code, output = finish(command(run, largest_file=50_000))
+    assert code != 0 and "Traceback" not in output, output
+    assert str(run / "sft") in output and "free some space" in output, output
+    assert not (run / "sft" / "done.json").exists()
+    code, output = finish(command(run))
+    assert code == 0, output
     same_run(run, whole)
 
 

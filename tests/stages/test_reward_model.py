@@ -10,10 +10,10 @@ import numpy as np
 import oracle
 import ppo_case as case
 import pytest
+from letters import FORM, LETTERS
 from meshes import one_update
 
 from rlhf_jax.data.batches import RankingBatch, ranking_batches
-from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.records import DataError, Demonstration, Ranking
 from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.rankings import (
@@ -37,27 +37,9 @@ from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
 
 MODEL = dataclasses.replace(case.MODEL, max_len=24)
-FORM = PromptFormat(prefix="", suffix=":", separator="")
 CFG = RewardModelConfig(
     batch_size=4, num_responses=4, prompt_len=5, response_len=6, num_centering=8
 )
-
-
-class Letters:
-    """One id per letter a..i; pad equal to end-of-text."""
-
-    pad_id = eos_id = 0
-    vocab_size = case.V
-    fingerprint = "letters"
-
-    def encode(self, text):
-        return np.array([1 + "abcdefghi:".index(c) for c in text], np.int32)
-
-    def encode_batch(self, texts):
-        return [self.encode(text) for text in texts]
-
-
-LETTERS: "Letters" = Letters()
 
 
 def ranking(prompt, responses, ranks, ended=None):

@@ -8,34 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import ppo_case as case
 import pytest
+from letters import FORM, LETTERS
 from meshes import one_update
 
 from rlhf_jax.data.batches import TokenBatch, demonstration_batches
-from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.records import Demonstration
 from rlhf_jax.nn.transformer import forward
 from rlhf_jax.stages.pretrain import lm_loss, sum_logprobs
 from rlhf_jax.stages.sft import SFTConfig, mixed_batches
 
-FORM = PromptFormat(prefix="", suffix=":", separator="")
 DEMONSTRATIONS = [Demonstration("ab", "cd"), Demonstration("f", "g")]
-
-
-class Letters:
-    """One id per letter a..i; pad equal to end-of-text."""
-
-    pad_id = eos_id = 0
-    vocab_size = case.V
-    fingerprint = "letters"
-
-    def encode(self, text):
-        return np.array([1 + "abcdefghi:".index(c) for c in text], np.int32)
-
-    def encode_batch(self, texts):
-        return [self.encode(text) for text in texts]
-
-
-LETTERS: "Letters" = Letters()
 
 
 def batch_of(demonstrations, loss_on="response"):
