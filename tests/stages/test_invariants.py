@@ -179,14 +179,14 @@ def test_another_reference_is_noticed():
 
 def test_a_score_read_one_position_off_is_noticed(monkeypatch):
     """The reward model reads the token before the last, the value model the last."""
-    scores = experience.response_scores
+    scores = experience.rollout_scores
 
-    def one_off(reward, prompts, prompt_lengths, responses, lengths, model):
-        before = jnp.maximum(lengths - 1, 0)
-        return scores(reward, prompts, prompt_lengths, responses, before, model)
+    def one_off(reward, prompts, prompt_lengths, rollout, model):
+        before = rollout.replace(lengths=jnp.maximum(rollout.lengths - 1, 0))
+        return scores(reward, prompts, prompt_lengths, before, model)
 
     arguments = (case.make_inputs(), case.stored_rollout(), CFG.scalars())
-    faulty = observed_with(monkeypatch, arguments, response_scores=one_off)
+    faulty = observed_with(monkeypatch, arguments, rollout_scores=one_off)
     fails(faulty, "value/last_minus_score")
 
 
