@@ -5,7 +5,6 @@ python -m experiments.generate --from RUN/ppo
 """
 
 import dataclasses
-import functools
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +18,7 @@ from rlhf_jax.data.sources import DataError, Prompt
 from rlhf_jax.nn.sampling import Sampling, generate
 from rlhf_jax.stages.common import load_model
 from rlhf_jax.training.checkpoint import CheckpointError
-from rlhf_jax.training.mesh import MeshConfig
+from rlhf_jax.training.mesh import MeshConfig, jit_measure
 from rlhf_jax.training.run_dir import RunDirError, StageDir
 
 
@@ -50,14 +49,13 @@ def main(cfg: Generate) -> None:
             f"response_len {cfg.sampling.response_len} leaves no room for a prompt in "
             f"the model's {model.cfg.max_len} positions; make it smaller"
         )
-    sample = jax.jit(
-        functools.partial(
-            generate,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            model=model.cfg,
-            sampling=cfg.sampling,
-        )
+    sample = jit_measure(
+        generate,
+        mesh,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        model=model.cfg,
+        sampling=cfg.sampling,
     )
     temperature = jnp.float32(cfg.sampling.temperature)
     for turn, prompt in enumerate(_prompts(cfg.prompt)):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import ppo_case as case
+from letters import LETTERS
 
 from rlhf_jax.data.batches import packed_batches
 from rlhf_jax.nn.transformer import init_params
@@ -24,22 +25,6 @@ from rlhf_jax.training.mesh import MeshConfig
 
 T = 6
 
-
-class Letters:
-    """One id per letter a..i; pad equal to end-of-text."""
-
-    pad_id = eos_id = 0
-    vocab_size = case.V
-    fingerprint = "letters"
-
-    def encode(self, text):
-        return np.array([1 + "abcdefghi".index(c) for c in text], np.int32)
-
-    def encode_batch(self, texts):
-        return [self.encode(text) for text in texts]
-
-
-LETTERS: "Letters" = Letters()
 DOCUMENTS = ["abc", "dddddd", "ihgfedcba", "", "bc" * 20]
 
 

@@ -29,9 +29,7 @@ from rlhf_jax.stages.reward_model import (
     reward_loss,
 )
 from rlhf_jax.stages.scoring import response_scores
-from rlhf_jax.training.mesh import (
-    MeshConfig,
-)
+from rlhf_jax.training.mesh import MeshConfig
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
