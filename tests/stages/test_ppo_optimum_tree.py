@@ -212,6 +212,7 @@ def test_ppo_reaches_the_closed_form_over_whole_responses(index):
 @pytest.mark.slow
 def test_with_k3_in_the_reward_ppo_ends_elsewhere(monkeypatch):
     """Why the penalty is k1: as a reward, k3 has another optimum than the KL."""
+    with_k1 = trained()  # before the function it is made with is exchanged
     penalized = experience.kl_penalized_rewards
 
     def with_k3(scores, logprobs, ref_logprobs, lengths, kl_coef):
@@ -221,7 +222,7 @@ def test_with_k3_in_the_reward_ppo_ends_elsewhere(monkeypatch):
     monkeypatch.setattr(experience, "kl_penalized_rewards", with_k3)
     found, _ = train(CFG, BETAS)
     for index, beta in enumerate(BETAS):
-        theirs, ours = (kl(p[index], optimum(beta)) for p in (found, trained()))
+        theirs, ours = (kl(p[index], optimum(beta)) for p in (found, with_k1))
         assert theirs > 10 * ours
 
 
