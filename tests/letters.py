@@ -21,5 +21,8 @@ class Letters:
     def encode_batch(self, texts):
         return [self.encode(text) for text in texts]
 
+    def decode(self, ids):
+        return "".join("abcdefghi:"[i - 1] for i in ids if 0 < i <= 10)
+
 
 LETTERS: "Letters" = Letters()

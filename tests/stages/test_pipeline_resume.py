@@ -162,6 +162,24 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_parameters(
     same_run(run, whole)
 
 
+def test_a_run_killed_while_it_writes_checkpoints_ends_the_same(
+    command, whole, tmp_path
+):
+    """Killed as soon as an unfinished checkpoint shows, in one stage after another."""
+    run = tmp_path / "run"
+    for stage in ("pretrain", "reward_model", "ppo"):
+        process = command(run)
+        unfinished = f"{stage}/checkpoints/*orbax-checkpoint-tmp*"
+        while process.poll() is None and not list(run.glob(unfinished)):
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert list(run.glob(unfinished)), f"{stage}: killed after the write"
+    code, output = finish(command(run))
+    assert code == 0, output
+    same_run(run, whole)
+
+
 def test_a_terminated_run_says_so_and_goes_on(command, whole, tmp_path):
     run = tmp_path / "run"
     process = command(run)
