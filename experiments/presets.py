@@ -49,7 +49,7 @@ def embedded() -> InstructGPT:
     return InstructGPT(
         run=Path("runs/instructgpt"),
         simulation=SimulationConfig(
-            num_demonstrations=120, num_ranking_prompts=4000, num_eval_prompts=400
+            num_demonstrations=120, num_ranking_prompts=4000, num_eval_prompts=600
         ),
         tokenizer=TokenizerConfig(vocab_size=768),
         pretrain=PretrainConfig(
@@ -60,7 +60,7 @@ def embedded() -> InstructGPT:
                 max_len=128,
                 embed_std=0.1,
             ),
-            num_steps=2400,
+            num_steps=2000,
             batch_size=16,
             seq_len=100,
             separate_documents=True,
@@ -100,7 +100,8 @@ def embedded() -> InstructGPT:
         ppo=ppo,
         ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),
         evaluate=EvaluateConfig(
-            num_samples=3,
+            num_prompts=600,
+            num_samples=2,
             prompt_len=28,
             few_shot_len=68,
             num_few_shot=2,

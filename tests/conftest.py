@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join(
             if not flag.startswith("--xla_force_host_platform_device_count")
         ),
         "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",  # most of the suite's time is compiling
     ]
 )
 sys.path.insert(0, str(Path(__file__).parent))  # makes `import oracle` work
