@@ -165,19 +165,42 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_parameters(
 def test_a_run_killed_while_it_writes_checkpoints_ends_the_same(
     command, whole, tmp_path
 ):
-    """Killed as soon as an unfinished checkpoint shows, in one stage after another."""
-    run = tmp_path / "run"
+    """Killed beside a finished checkpoint, in one stage after another."""
+    run, outputs = tmp_path / "run", []
     for stage in ("pretrain", "reward_model", "ppo"):
         process = command(run)
-        unfinished = f"{stage}/checkpoints/*orbax-checkpoint-tmp*"
-        while process.poll() is None and not list(run.glob(unfinished)):
-            time.sleep(0.001)
+        folder = run / stage / "checkpoints"
+        stop_while_writing(process, folder)
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert list(run.glob(unfinished)), f"{stage}: killed after the write"
+        outputs.append(process.communicate()[0])
     code, output = finish(command(run))
     assert code == 0, output
+    for stage, said in zip(
+        ("pretrain", "reward_model", "ppo"), (*outputs[1:], output), strict=True
+    ):
+        assert f"{stage}: going on from step" in said
     same_run(run, whole)
+
+
+def stop_while_writing(process: subprocess.Popen, folder: Path) -> None:
+    """Halts the process where it has one checkpoint and is writing the next."""
+
+    def unfinished():
+        names = [path.name for path in folder.glob("step_*")]
+        writing = [name for name in names if "tmp" in name]
+        return writing and len(writing) < len(names)
+
+    deadline = time.monotonic() + 200
+    while True:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        if unfinished():
+            os.killpg(process.pid, signal.SIGSTOP)
+            time.sleep(0.05)  # until all its threads stand still
+            if unfinished():
+                return
+            os.killpg(process.pid, signal.SIGCONT)
+        time.sleep(0.001)
 
 
 def test_a_terminated_run_says_so_and_goes_on(command, whole, tmp_path):

@@ -152,7 +152,7 @@ def test_when_one_process_is_killed_the_other_stops_and_both_go_on(
     code, output = finish([pair[1 - victim]], timeout=200)[0]
     assert code != 0
     # our own words, or those of JAX's service, which may end the process before us
-    said = ("nother process", "heartbeat", "unavailable", "coordination_service")
+    said = ("nother process", "heartbeat", "unavailable", "Service/PollForError")
     assert any(words in output for words in said), output[-3000:]
     for code, output in finish(start(run, 2)):
         assert code == 0, output
