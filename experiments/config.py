@@ -79,6 +79,9 @@ class InstructGPT:
                 context, or a batch cannot be cut into its microbatches or dealt over
                 the devices and processes.
         """
+        ranked = self.collect.ranked
+        if ranked is not None and not ranked.exists():
+            raise DataError(f"collect.ranked: {ranked} does not exist; mend the path")
         if self.data is None and self.files == REAL_FILES:
             raise DataError("this preset reads files of yours: give --data DIR")
         stages = ("pretrain", "sft", "sft_rl", "collect", "reward_model", "ppo")

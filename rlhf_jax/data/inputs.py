@@ -86,9 +86,15 @@ class Inputs:
                 simulation.write_campaign(simulated, self.root)
             written = simulation.load_campaign(self.root)[0]
             if written != simulated:
+                old, new = map(dataclasses.asdict, (written, simulated))
+                differences = ", ".join(
+                    f"{name} {old[name]} there, {new[name]} now"
+                    for name in old
+                    if old[name] != new[name]
+                )
                 raise DataError(
-                    f"{self.root}: was written for {written}, now asked for "
-                    f"{simulated}. Use another --run or the old --simulation options"
+                    f"{self.root}: belongs to another simulation ({differences}). Use "
+                    "another --run, or the preset and --simulation options of this one"
                 )
         if not self.root.is_dir():
             raise DataError(f"{self.root}: no such directory; give --data DIR")

@@ -97,11 +97,15 @@ def load_model(stage: StageDir, mesh: jax.sharding.Mesh, kind: Kind) -> Model:
     """
     path = stage.path / "model.json"
     if not path.exists():
-        raise RunDirError(f"{stage.path}: no model here; run that stage first")
+        raise RunDirError(
+            f"{stage.path}: no model here; run that stage first (models are in a "
+            "run's stages, e.g. RUN/sft, RUN/ppo)"
+        )
     found = read_json(path)
     if found.get("kind") != kind:
         raise RunDirError(
-            f"{path}: holds a {found.get('kind')}, a {kind} is needed here"
+            f"{path}: holds a {found.get('kind')}, a {kind} is needed here; give "
+            "the directory of another stage"
         )
     cfg = model_from_json(path)
     like = jax.eval_shape(lambda: init_model(kind, jax.random.key(0), cfg))

@@ -101,6 +101,8 @@ class PPOConfig:
                 f"ptx_per_episode must be at least 1, got {self.ptx_per_episode}; set "
                 "ptx_coef to 0 for PPO without pre-training text"
             )
+        if self.kl_coef < 0:
+            raise ValueError(f"kl_coef must not be negative, got {self.kl_coef}")
         if self.clip <= 0 or self.value_clip <= 0:
             raise ValueError(
                 f"clip and value_clip must be above 0, got {self.clip} and "

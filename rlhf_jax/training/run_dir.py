@@ -124,7 +124,8 @@ class StageDir:
                 raise RunDirError(
                     f"{stage} needs the finished stage {name} in {parent.path}; run "
                     f"`python -m experiments.{_COMMANDS.get(name, name)} "
-                    f"--run {parent.path.parent}` with the same options first"
+                    f"--run {parent.path.parent}` with the same preset and options "
+                    "first"
                 )
         made_from = {
             "stage": stage,
@@ -147,7 +148,8 @@ class StageDir:
         if changed:
             raise RunDirError(
                 f"{self.path} was made by another command. Use another --run, repeat "
-                "the old options, or delete that folder (and those of later stages). "
+                "the old preset and options, or delete that folder (and those of later "
+                "stages). "
                 "Differences:\n" + "\n".join(changed)
             )
 

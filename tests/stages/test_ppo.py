@@ -498,9 +498,10 @@ def test_eight_devices_do_what_one_does_and_frozen_models_stay(whole):
         ({"num_minibatches": 0}, "num_minibatches 0"),
         ({"num_minibatches": 2, "num_microbatches": 3}, "4 episodes .* 3"),
         ({"num_microbatches": 0}, "num_microbatches 0"),
+        ({"kl_coef": -0.1}, "kl_coef .* -0.1"),
     ],
 )
-def test_batches_that_cannot_be_cut_are_refused(change, named):
+def test_impossible_numbers_are_refused(change, named):
     with pytest.raises(ValueError, match=named):
         dataclasses.replace(CFG, **change)
 

@@ -234,13 +234,13 @@ def test_an_adaptive_coefficient_reaches_its_target():
     cfg = dataclasses.replace(
         CFG,
         kl_target=target,
-        kl_horizon=2560.0,
-        num_iterations=300,
+        kl_horizon=5120.0,
+        num_iterations=600,
         num_minibatches=1,
         num_epochs=1,
         policy_optimizer=constant,
         value_optimizer=constant,
     )
     _, kls = train(cfg, [0.3, 1.2])
-    last = np.asarray(kls)[:, -80:].mean(axis=1)
+    last = np.asarray(kls)[:, -200:].mean(axis=1)  # it swings around its target
     np.testing.assert_allclose(last, target, rtol=0.1)
