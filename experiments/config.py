@@ -75,13 +75,13 @@ class InstructGPT:
         """Refuses what would only fail after earlier stages have run.
 
         Raises:
-            DataError: if a count is not positive, anything is longer than the model's
-                context, or a batch cannot be cut into its microbatches or dealt over
-                the devices and processes.
+            DataError: if a file is missing, a count is not positive, anything is longer
+                than the model's context, or a batch cannot be cut into its microbatches
+                or dealt over the devices and processes.
         """
         ranked = self.collect.ranked
-        if ranked is not None and not ranked.exists():
-            raise DataError(f"collect.ranked: {ranked} does not exist; mend the path")
+        if ranked is not None and not ranked.is_file():
+            raise DataError(f"collect.ranked: {ranked} is no file; mend the path")
         if self.data is None and self.files == REAL_FILES:
             raise DataError("this preset reads files of yours: give --data DIR")
         stages = ("pretrain", "sft", "sft_rl", "collect", "reward_model", "ppo")

@@ -34,6 +34,7 @@ def option(cfg: Any, path: str, value: Any) -> Any:
         ("sft.seq_len", 24, "sft.seq_len 24 leaves no room"),
         ("reward_model.num_responses", 8, "max_responses 9 is more"),
         ("evaluate.num_few_shot", 6, "evaluate.num_few_shot is 6"),
+        ("collect.ranked", Path("nowhere.jsonl"), "collect.ranked: nowhere.jsonl"),
         ("ppo.eval_prompts", 0, "ppo.eval_prompts must be at least 1"),
         ("ppo_ptx.loop.eval_every", -1, "eval_every must be at least 1"),
         ("pretrain.num_microbatches", 0, "pretrain.num_microbatches"),

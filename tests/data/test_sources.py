@@ -1,5 +1,6 @@
 """Files are found, checked and kept; a cache is whole or is not trusted."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.data import builders, sources
+from rlhf_jax.data.inputs import FilesConfig, Inputs
+from rlhf_jax.data.simulation import SimulationConfig
 from rlhf_jax.data.sources import DataError, Demonstration, Prompt, Ranking, load
 
 REPOSITORY = Path(__file__).parents[2]
@@ -285,3 +288,12 @@ def test_a_tfds_dataset_is_read_by_name(tmp_path):
     ]:
         with pytest.raises(DataError, match=words):
             load(kind, tmp_path, patterns, split, tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_run_of_another_simulation_names_only_what_differs(tmp_path):
+    small = SimulationConfig(num_documents=20, num_valid_documents=5)
+    Inputs(None, FilesConfig(), small, tmp_path)
+    other = dataclasses.replace(small, num_eval_prompts=13)
+    with pytest.raises(DataError, match="--run") as told:
+        Inputs(None, FilesConfig(), other, tmp_path)
+    assert "(num_eval_prompts 300 there, 13 now)" in str(told.value)

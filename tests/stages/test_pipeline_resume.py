@@ -167,7 +167,8 @@ def test_a_run_killed_while_it_writes_checkpoints_ends_the_same(
 ):
     """Killed beside a finished checkpoint, in one stage after another."""
     run, outputs = tmp_path / "run", []
-    for stage in ("pretrain", "reward_model", "ppo"):
+    stages = ("pretrain", "reward_model", "ppo")
+    for stage in stages:
         process = command(run)
         folder = run / stage / "checkpoints"
         stop_while_writing(process, folder)
@@ -175,9 +176,7 @@ def test_a_run_killed_while_it_writes_checkpoints_ends_the_same(
         outputs.append(process.communicate()[0])
     code, output = finish(command(run))
     assert code == 0, output
-    for stage, said in zip(
-        ("pretrain", "reward_model", "ppo"), (*outputs[1:], output), strict=True
-    ):
+    for stage, said in zip(stages, (*outputs[1:], output), strict=True):
         assert f"{stage}: going on from step" in said
     same_run(run, whole)
 

@@ -37,15 +37,14 @@ def look(tmp_path_factory):
         seed=0,
     )
     ctx.stage("ppo").path.mkdir()
-    cache = pytest.MonkeyPatch()
-    cache.setenv("RLHF_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
     shape = (case.MODEL, LETTERS, FORM)
     reference = Model("language_model", case.transformer(9), *shape)
     reward = Model("reward_model", case.scalar_model(1), *shape)
     policy = case.moved(reference.params, 0.05)
     state = types.SimpleNamespace(params={"policy": policy})
-    evaluate = make_evaluate(CFG, reference, reward, ctx, "ppo")
-    cache.undo()
+    with pytest.MonkeyPatch.context() as patch:  # tokens of the text are kept there
+        patch.setenv("RLHF_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        evaluate = make_evaluate(CFG, reference, reward, ctx, "ppo")
     metrics = evaluate(state, 3)  # type: ignore[arg-type]
     sampler = Sampler(reference, CFG.sampling, CFG.prompt_len, CFG.eval_prompts, ctx)
     kept = PROMPTS[: CFG.eval_prompts]  # all of them fit
