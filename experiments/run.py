@@ -1,5 +1,6 @@
 """From a command line to stages: presets and options by tyro, devices, the context."""
 
+import itertools
 import os
 import signal
 import sys
@@ -51,6 +52,11 @@ def parse(module: str, description: str, argv: Sequence[str]) -> InstructGPT:
         name = args.pop(0)
     if name not in PRESETS:
         raise SystemExit(f"error: no preset {name!r}; the presets are:\n{_presets()}")
+    for before, arg in itertools.pairwise(args):
+        if arg in PRESETS and not (before.startswith("--") and "=" not in before):
+            raise SystemExit(
+                f"error: the preset comes first: python -m {module} {arg} ..."
+            )
     return tyro.cli(
         InstructGPT,
         prog=f"python -m {module} [preset]",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from experiments.presets import PRESETS
+from experiments.run import parse
 from rlhf_jax.data.simulation import write_campaign
 from rlhf_jax.data.sources import DataError
 
@@ -108,3 +109,12 @@ def test_the_grammar_has_prompts_enough_for_the_default_campaign(
     write_campaign(cfg, tmp_path)  # raises where a use case is used up
     ranked = tmp_path / "prompts" / "simulation_rank_train.jsonl"
     assert len(ranked.read_text().splitlines()) == cfg.num_ranking_prompts
+
+
+def test_a_preset_after_the_options_is_told_where_it_belongs() -> None:
+    with pytest.raises(SystemExit, match="the preset comes first: .*ppo smoke"):
+        parse("experiments.ppo", "", ["--seed", "1", "smoke"])
+    with pytest.raises(SystemExit, match="the preset comes first"):
+        parse("experiments.ppo", "", ["cpu", "--seed=1", "smoke"])
+    cfg = parse("experiments.ppo", "", ["smoke", "--run", "cpu"])
+    assert cfg.run == Path("cpu")  # a value, though a preset has that name

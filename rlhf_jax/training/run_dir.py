@@ -41,8 +41,10 @@ def lock_run(run: Path) -> TextIO:
         The open lock file; closing it gives the run free.
 
     Raises:
-        RunDirError: another process is writing the run.
+        RunDirError: another process is writing the run, or it is a file.
     """
+    if run.is_file():
+        raise RunDirError(f"{run} is a file; give a directory as --run")
     run.mkdir(parents=True, exist_ok=True)
     file = (run / ".lock").open("a+", encoding="utf-8")
     try:
@@ -109,6 +111,8 @@ class StageDir:
     ) -> None:
         """Makes the directory, or checks that it was made by the same command.
 
+        Says so where the stage has nothing left to do.
+
         Args:
             stage: name of the stage.
             config: options of the stage, as a dict by their names on the command line.
@@ -152,6 +156,8 @@ class StageDir:
                 "stages). "
                 "Differences:\n" + "\n".join(changed)
             )
+        if self.done:
+            print(f"{stage}: finished before, see {self.path}")
 
     def fingerprint(self) -> str:
         """Hash of everything the stage was made from, its parents included."""

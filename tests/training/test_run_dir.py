@@ -123,11 +123,14 @@ def test_a_fingerprint_covers_config_data_and_parents(tmp_path):
     assert len({same, made("c", config=Config(steps=9)), made("d", data={})}) == 3
 
 
-def test_a_stage_is_done_when_its_summary_is_written(tmp_path):
+def test_a_stage_is_done_when_its_summary_is_written(tmp_path, capsys):
     stage = opened(tmp_path / "sft")
     assert not stage.done
     stage.finish({"loss": 1.5})
     assert stage.done and stage.summary() == {"loss": 1.5}
+    assert capsys.readouterr().out == ""
+    opened(tmp_path / "sft")  # nothing is left to do, and that is said
+    assert capsys.readouterr().out == f"sft: finished before, see {tmp_path / 'sft'}\n"
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -187,3 +190,11 @@ def test_a_run_belongs_to_one_process_until_that_is_killed(tmp_path):
         owner.wait()
         lock_run(tmp_path).close()
         lock_run(tmp_path).close()  # and it was given free
+
+
+def test_a_run_that_is_a_file_is_refused_with_the_option_to_mend(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(RunDirError, match="notes.txt is a file.*--run"):
+        lock_run(path)
+    assert path.read_text() == "mine"
