@@ -41,6 +41,7 @@ _ATTENTION = "rlhf_jax/nn/attention.py"
 _SAMPLING = "rlhf_jax/nn/sampling.py"
 _HEADS = "rlhf_jax/nn/heads.py"
 _EXPERIENCE = "rlhf_jax/stages/experience.py"
+_PPO_LOSS = "rlhf_jax/stages/ppo_loss.py"
 _UPDATE = "rlhf_jax/stages/ppo.py"
 _REWARD = "rlhf_jax/stages/reward_model.py"
 _SCORING = "rlhf_jax/stages/scoring.py"
@@ -231,10 +232,17 @@ MUTATIONS = (
         "objectives/test_ranking.py",
     ),
     Mutation(
+        "the last chunk's gradient alone",
+        _LM,
+        "embedding_grad + grads[1]",
+        "grads[1]",
+        "objectives/test_language_modeling.py",
+    ),
+    Mutation(
         "entropy with the wrong sign",
         _LM,
-        "-jnp.sum(jnp.exp(logprobs) * logprobs",
-        "jnp.sum(jnp.exp(logprobs) * logprobs",
+        "normalizer - jnp.sum(weights * z, axis=-1) / total",
+        "normalizer + jnp.sum(weights * z, axis=-1) / total",
         "objectives/test_language_modeling.py",
     ),
     Mutation(
@@ -372,14 +380,14 @@ MUTATIONS = (
     ),
     Mutation(
         "policy loss that is maximised",
-        _UPDATE,
-        "policy_loss = -masked_sum(",
-        "policy_loss = masked_sum(",
+        _PPO_LOSS,
+        "return -masked_sum(objective, weights)",
+        "return masked_sum(objective, weights)",
         _T_UPDATE,
     ),
     Mutation(
         "value loss without its coefficient",
-        _UPDATE,
+        _PPO_LOSS,
         "return policy_loss + scalars.value_coef * value_loss, extras",
         "return policy_loss + value_loss, extras",
         _T_UPDATE,

@@ -26,12 +26,15 @@ def logprobs_and_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
         log-probabilities and entropies, float32, [...] each.
     """
     chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
-    logprobs = jax.nn.log_softmax(logits)
+    z = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(z)
+    total = jnp.sum(weights, axis=-1)
+    normalizer = jnp.log(total)
     ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, targets.ndim)
-    is_target = ids == targets[..., None]
     # a sum over the vocabulary fuses; a gather's gradient would be a scatter
-    chosen = jnp.sum(jnp.where(is_target, logprobs, 0.0), axis=-1)
-    return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+    chosen = jnp.sum(jnp.where(ids == targets[..., None], z, 0.0), axis=-1)
+    entropy = normalizer - jnp.sum(weights * z, axis=-1) / total
+    return chosen - normalizer, entropy
 
 
 def token_logprobs(
@@ -57,35 +60,101 @@ def token_logprobs(
     """
     chex.assert_rank([hidden, embedding, targets], [3, 2, 2])
     chex.assert_equal_shape_prefix([hidden, targets], 2)
-    B, T = targets.shape
     table = embedding.astype(hidden.dtype)
 
     def chunk(hidden, targets):
-        logits = jnp.einsum(
-            "btd,vd->btv", hidden, table, preferred_element_type=jnp.float32
-        )
-        return logprobs_and_entropy(contract(logits), targets)
+        return _head(hidden, table, targets, contract)
 
-    num_chunks = -(-B * T * embedding.shape[0] // MAX_LOGITS)
-    if num_chunks <= 1:
+    cut, join, num_chunks = _chunks(targets.shape, embedding.shape[0])
+    if num_chunks == 1:
         return chunk(hidden, targets)
-    width = -(-T // min(num_chunks, T))
+    step = jax.checkpoint(chunk)
+    _, outs = jax.lax.scan(
+        lambda carry, xs: (carry, step(*xs)), None, (cut(hidden), cut(targets))
+    )
+    return jax.tree.map(join, outs)
+
+
+def token_loss(
+    hidden: Array,
+    embedding: Array,
+    targets: Array,
+    contract: Callable[[Array], Array],
+    loss_fn: Callable[..., Array],
+    *per_token: Array,
+) -> tuple[Array, tuple[Array, Array]]:
+    """A loss of `token_logprobs`, its gradient formed in the same pass over the logits.
+
+    sum over chunks of loss_fn(logprobs, entropy, *per_token)
+
+    What autodiff would keep for the backward pass, or compute again, is a chunk's
+    logits; here each chunk leaves its share of the gradient instead: three matrix
+    products, no [B, T, V] array. Differentiable once.
+
+    Args:
+        hidden, embedding, targets, contract: see `token_logprobs`.
+        loss_fn: `(logprobs, entropy, *per_token) -> scalar`, a sum over tokens.
+        per_token: constants, [B, T] each; 0 where a chunk is filled up, so that such
+            tokens must add nothing to the sum: make one of them the weights.
+
+    Returns:
+        The scalar loss; log-probabilities and entropies [B, T], without gradient.
+    """
+    chex.assert_rank([hidden, embedding, targets], [3, 2, 2])
+    chex.assert_equal_shape_prefix([hidden, targets, *per_token], 2)
+    per_token = jax.lax.stop_gradient(per_token)
+
+    def chunk(hidden, embedding, targets, per_token):
+        table = embedding.astype(hidden.dtype)
+        outs = _head(hidden, table, targets, contract)
+        return loss_fn(*outs, *per_token), jax.lax.stop_gradient(outs)
+
+    cut, join, num_chunks = _chunks(targets.shape, embedding.shape[0])
+    if num_chunks == 1:
+        return chunk(hidden, embedding, targets, per_token)
+    fixed_hidden, fixed_embedding = jax.lax.stop_gradient((hidden, embedding))
+
+    def step(carry, xs):
+        loss, embedding_grad = carry
+        hidden, targets, per_token = xs
+        grad_fn = jax.value_and_grad(chunk, argnums=(0, 1), has_aux=True)
+        (part, outs), grads = grad_fn(hidden, fixed_embedding, targets, per_token)
+        return (loss + part, embedding_grad + grads[1]), (outs, grads[0])
+
+    start = (jnp.float32(0.0), jnp.zeros_like(fixed_embedding))
+    xs = jax.tree.map(cut, (fixed_hidden, targets, per_token))
+    (loss, embedding_grad), (outs, hidden_grad) = jax.lax.scan(step, start, xs)
+    # zero, with the gradient just computed
+    loss += jnp.vdot(embedding_grad, embedding - fixed_embedding)
+    loss += jnp.sum((join(hidden_grad) * (hidden - fixed_hidden)).astype(jnp.float32))
+    return loss, jax.tree.map(join, outs)
+
+
+def _head(hidden, table, targets, contract):
+    logits = jnp.einsum(
+        "btd,vd->btv", hidden, table, preferred_element_type=jnp.float32
+    )
+    return logprobs_and_entropy(contract(logits), targets)
+
+
+def _chunks(shape: tuple[int, ...], vocab_size: int):
+    """Cut of [B, T, ...] into [chunks, B, width, ...] along time, and its inverse."""
+    B, T = shape
+    num_chunks = -(-B * T * vocab_size // MAX_LOGITS)
+    width = -(-T // min(max(num_chunks, 1), T))
     num_chunks = -(-T // width)
 
-    def cut(x):  # [B, T, ...] -> [chunks, B, width, ...]
+    def cut(x):
         room = [(0, 0)] * x.ndim
         room[1] = (0, num_chunks * width - T)
         x = jnp.pad(x, room).reshape(B, num_chunks, width, *x.shape[2:])
         return jnp.moveaxis(x, 1, 0)
 
-    step = jax.checkpoint(chunk)
-    _, outs = jax.lax.scan(
-        lambda carry, xs: (carry, step(*xs)), None, (cut(hidden), cut(targets))
-    )
-    logprobs, entropy = (
-        jnp.moveaxis(x, 0, 1).reshape(B, num_chunks * width)[:, :T] for x in outs
-    )
-    return logprobs, entropy
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(B, num_chunks * width, *x.shape[3:])[:, :T]
+
+    return cut, join, num_chunks
 
 
 def next_token_loss(logprobs: Array, weights: Array) -> Array:
@@ -99,3 +168,23 @@ def next_token_loss(logprobs: Array, weights: Array) -> Array:
         Scalar, float32: the mean in nats per token; 0 if all weights are 0.
     """
     return -masked_sum(logprobs, weights)
+
+
+def next_token_head(
+    hidden: Array, embedding: Array, targets: Array, weights: Array
+) -> Array:
+    """`next_token_loss` of hidden states, by `token_loss`.
+
+    Args:
+        hidden: [B, T, D].
+        embedding: tied output embedding, [V, D].
+        targets, weights: [B, T]; the weights sum to 1 over the global batch.
+
+    Returns:
+        Scalar, float32, in nats per token.
+    """
+
+    def loss(logprobs, _, weights):
+        return next_token_loss(logprobs, weights)
+
+    return token_loss(hidden, embedding, targets, lambda x: x, loss, weights)[0]

@@ -7,28 +7,21 @@ gradient of the pre-training loss to the same update (PPO-ptx).
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from rlhf_jax.nn.config import TransformerConfig
-from rlhf_jax.nn.transformer import forward
 from rlhf_jax.objectives.advantages import adaptive_kl_coef
-from rlhf_jax.objectives.language_modeling import next_token_loss, token_logprobs
-from rlhf_jax.objectives.masking import masked_mean, masked_sum, normalize_weights
-from rlhf_jax.objectives.ppo import (
-    clipped_value_loss,
-    ppo_diagnostics,
-    ppo_objective,
-)
+from rlhf_jax.objectives.masking import masked_mean, normalize_weights
+from rlhf_jax.objectives.ppo import ppo_diagnostics
 from rlhf_jax.stages.experience import (
     Experience,
     collect_rollout,
     make_experience,
-    response_values,
 )
+from rlhf_jax.stages.ppo_loss import ppo_loss, ptx_loss
 from rlhf_jax.stages.ppo_state import (
     Frozen,
     PPOConfig,
@@ -36,86 +29,11 @@ from rlhf_jax.stages.ppo_state import (
     PPOScalars,
     PPOState,
 )
-from rlhf_jax.stages.scoring import policy_logprobs
 from rlhf_jax.training.optimizers import adamw, learning_rate
 from rlhf_jax.training.step import accumulate_gradients, nonfinite_leaves
 
 Array = jax.Array
 Metrics = dict[str, Array]
-
-
-def ppo_loss(
-    params: Any,
-    batch: tuple[Experience, Array],
-    key: Array,
-    *,
-    scalars: PPOScalars,
-    cfg: PPOConfig,
-    model: TransformerConfig,
-    reward_model: TransformerConfig,
-) -> tuple[Array, dict[str, Array]]:
-    """Clipped policy loss plus the clipped value loss of a minibatch.
-
-    -sum_t w_t L_t + value_coef sum_t w_t V_t,  w summing to 1 over response tokens
-
-    Args:
-        params: `{"policy", "value"}`.
-        batch: experience, arrays [B, R], and its weights [B, R].
-        key: unused: there is no dropout in PPO.
-        scalars, cfg, model, reward_model: constants.
-
-    Returns:
-        The scalar loss; policy and value loss, log-probabilities, entropies and values
-        [B, R] of this forward pass.
-    """
-    del key
-    experience, weights = batch
-    ids = (experience.prompts, experience.prompt_lengths, experience.responses)
-    logprobs, entropy, hidden = policy_logprobs(
-        params["policy"], *ids, scalars.temperature, cfg.sampling, model
-    )
-    values = response_values(params["value"], hidden, *ids, reward_model)[:, :-1]
-    logprobs = jnp.where(experience.mask, logprobs, 0.0)  # before exp: see masked_sum
-    policy_loss = -masked_sum(
-        ppo_objective(
-            logprobs, experience.old_logprobs, experience.advantages, scalars.clip
-        ),
-        weights,
-    )
-    value_loss = masked_sum(
-        clipped_value_loss(
-            values, experience.old_values, experience.returns, scalars.value_clip
-        ),
-        weights,
-    )
-    extras = {
-        "policy_loss": policy_loss,
-        "value_loss": value_loss,
-        "entropy": masked_sum(entropy, weights),
-        "logprobs": logprobs,
-        "values": values,
-    }
-    return policy_loss + scalars.value_coef * value_loss, extras
-
-
-def ptx_loss(
-    params: Any, batch: tuple[Array, Array, Array], key: Array, *, model: Any
-) -> tuple[Array, Metrics]:
-    """Next-token loss of the policy on pre-training text, in nats per token.
-
-    Args:
-        params: `{"policy", "value"}`.
-        batch: tokens, targets and weights, [B, T] each.
-        key: unused: there is no dropout in PPO.
-        model: shape of the policy.
-    """
-    del key
-    tokens, targets, weights = batch
-    hidden = forward(params["policy"], tokens, model)
-    logprobs, _ = token_logprobs(
-        hidden, params["policy"]["embed"], targets, lambda x: x
-    )
-    return next_token_loss(logprobs, weights), {}
 
 
 def optimize(

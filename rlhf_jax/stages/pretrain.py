@@ -16,7 +16,7 @@ from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.tokenizer import Tokenizer, train_tokenizer
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.transformer import forward
-from rlhf_jax.objectives.language_modeling import next_token_loss, token_logprobs
+from rlhf_jax.objectives.language_modeling import next_token_head, token_logprobs
 from rlhf_jax.objectives.masking import masked_sum
 from rlhf_jax.stages.common import Context, Model, init_model, save_model
 from rlhf_jax.training.loop import LoopConfig, run_loop
@@ -90,8 +90,7 @@ def lm_loss(
         Scalar in nats per token; no extras.
     """
     hidden = forward(params, batch.tokens, model, key)
-    logprobs, _ = token_logprobs(hidden, params["embed"], batch.targets, lambda x: x)
-    return next_token_loss(logprobs, batch.weights), {}
+    return next_token_head(hidden, params["embed"], batch.targets, batch.weights), {}
 
 
 def sum_logprobs(

@@ -35,6 +35,24 @@ class Response:
     """Whether it ended by itself."""
 
 
+def contract(temperature: Array, sampling: Sampling) -> Callable[[Array], Array]:
+    """The sampling contract as a function of logits [..., V] alone."""
+    return functools.partial(contract_logits, temperature=temperature, cfg=sampling)
+
+
+def response_hidden(
+    policy: Any,
+    prompts: Array,
+    prompt_lengths: Array,
+    responses: Array,
+    model: TransformerConfig,
+) -> Array:
+    """Hidden states of one response [B, R] to each prompt [B, P]: [B, R + 1, D]."""
+    return forward_responses(
+        policy, prompts, prompt_lengths, responses[:, None], model
+    )[:, 0]
+
+
 def policy_logprobs(
     policy: Any,
     prompts: Array,
@@ -56,12 +74,9 @@ def policy_logprobs(
     Returns:
         log-probabilities and entropies [B, R] in nats, hidden states [B, R + 1, D].
     """
-    hidden = forward_responses(
-        policy, prompts, prompt_lengths, responses[:, None], model
-    )[:, 0]
-    contract = functools.partial(contract_logits, temperature=temperature, cfg=sampling)
+    hidden = response_hidden(policy, prompts, prompt_lengths, responses, model)
     logprobs, entropy = token_logprobs(
-        hidden[:, :-1], policy["embed"], responses, contract
+        hidden[:, :-1], policy["embed"], responses, contract(temperature, sampling)
     )
     return logprobs, entropy, hidden
 

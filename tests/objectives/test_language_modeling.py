@@ -1,6 +1,7 @@
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from rlhf_jax.objectives.language_modeling import (
     logprobs_and_entropy,
     next_token_loss,
     token_logprobs,
+    token_loss,
 )
 from rlhf_jax.objectives.masking import normalize_weights
 
@@ -166,6 +168,68 @@ def test_bfloat16_states_give_float32_logprobs(example):
     assert logprobs.dtype == entropies.dtype == jnp.float32
     full, _ = token_logprobs(hidden, embedding, targets, identity)
     np.testing.assert_allclose(logprobs, full, atol=0.1)
+
+
+# ------------------------------------------------- a loss with its gradient on the way
+
+
+def squares(logprobs, entropies, weights):  # no linear function of the log-probability
+    return jnp.sum(weights * (jnp.square(logprobs) + 0.3 * entropies))
+
+
+@pytest.mark.parametrize("max_logits", [1, 2 * V, 3 * B * V, 4 * B * V, B * T * V - 1])
+def test_a_loss_in_chunks_has_the_value_and_gradient_of_the_whole(
+    monkeypatch, example, max_logits
+):
+    hidden, embedding, targets = example
+    weights = jnp.float32(np.random.default_rng(5).normal(size=(B, T)))
+
+    def whole(hidden, embedding):
+        outs = token_logprobs(hidden, embedding, targets, halved)
+        return 3.0 * squares(*outs, weights), outs
+
+    def cut(hidden, embedding):
+        loss, outs = token_loss(hidden, embedding, targets, halved, squares, weights)
+        return 3.0 * loss, outs
+
+    grad = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    expected = jax.jit(grad(whole))(hidden, embedding)
+    one = jax.jit(grad(cut))(hidden, embedding)
+    monkeypatch.setattr(language_modeling, "MAX_LOGITS", max_logits)
+    for actual in (one, jax.jit(grad(cut))(hidden, embedding)):
+        chex.assert_trees_all_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_log_probabilities_beside_a_loss_carry_no_gradient(monkeypatch, example):
+    hidden, embedding, targets = example
+
+    def beside(hidden, weights):
+        args = (hidden, embedding, targets, identity, squares, weights)
+        return jnp.sum(token_loss(*args)[1][0])
+
+    for max_logits in (2**25, 2 * V):
+        monkeypatch.setattr(language_modeling, "MAX_LOGITS", max_logits)
+        grads = jax.grad(beside, argnums=(0, 1))(hidden, jnp.ones((B, T)))
+        chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, grads))
+
+
+def test_a_loss_in_chunks_holds_no_array_of_all_logits(monkeypatch):
+    B, T, D, V = 2, 16, 3, 64
+    hidden, embedding = jnp.zeros((B, T, D)), jnp.zeros((V, D))
+    targets, weights = jnp.zeros((B, T), jnp.int32), jnp.ones((B, T))
+
+    def total(hidden, embedding):
+        args = (hidden, embedding, targets, identity, squares, weights)
+        return token_loss(*args)[0]
+
+    def largest():
+        jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(hidden, embedding)
+        return largest_array(jaxpr.jaxpr)
+
+    monkeypatch.setattr(language_modeling, "MAX_LOGITS", B * V * 4)
+    assert largest() <= B * V * 4
+    monkeypatch.setattr(language_modeling, "MAX_LOGITS", B * T * V)
+    assert largest() == B * T * V
 
 
 # ------------------------------------------------------------------------- the loss

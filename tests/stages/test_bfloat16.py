@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_jax.data.batches import RankingBatch, TokenBatch
 from rlhf_jax.objectives.masking import normalize_weights
-from rlhf_jax.stages.ppo import ppo_loss
+from rlhf_jax.stages.ppo_loss import ppo_loss
 from rlhf_jax.stages.pretrain import lm_loss
 from rlhf_jax.stages.reward_model import WeightedRankings, reward_loss
 
