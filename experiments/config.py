@@ -112,6 +112,12 @@ class InstructGPT:
                     f"{name} {rows} cannot be dealt over {num_processes} processes; "
                     "change it to a multiple"
                 )
+        for name in ("ppo", "ppo_ptx"):
+            if getattr(self, name).num_slots is not None and num_devices > 1:
+                raise DataError(
+                    f"{name}.num_slots takes prompts in turn on one device, and there "
+                    f"are {num_devices}; leave it out"
+                )
         if self.data is None:
             self._check_campaign()
         response_len = self.evaluate.sampling.response_len

@@ -44,6 +44,7 @@ OTHER = {
     "missing_eos_score": -1.0,
     "num_microbatches": 2,
     "num_minibatches": 2,
+    "num_slots": 2,
     "warmup_steps": 5,
 }
 

@@ -41,6 +41,8 @@ def option(cfg: Any, path: str, value: Any) -> Any:
         ("pretrain.num_microbatches", 0, "pretrain.num_microbatches"),
         ("pretrain.batch_size", 12, "pretrain: batches of 12 rows"),
         ("ppo_ptx.ptx_per_episode", 0, "ptx_per_episode must be at least 1"),
+        ("ppo.num_slots", 0, "ppo.num_slots must be at least 1"),
+        ("ppo_ptx.num_slots", 4, "ppo_ptx.num_slots takes prompts in turn on one"),
         ("ppo.clip", -1.0, "clip and value_clip must be above 0"),
     ],
 )

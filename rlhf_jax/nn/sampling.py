@@ -62,6 +62,17 @@ class Rollout:
     logprobs: Array  # float32 [B, R], of each token under the contract, 0 after the end
 
 
+def empty_rollout(num_rows: int, response_len: int, pad_id: int) -> Rollout:
+    """A rollout of [B, R] before the first token."""
+    shape = (num_rows, response_len)
+    return Rollout(
+        responses=jnp.full(shape, pad_id, jnp.int32),
+        lengths=jnp.zeros(shape[:1], jnp.int32),
+        ended=jnp.zeros(shape[:1], bool),
+        logprobs=jnp.zeros(shape, jnp.float32),
+    )
+
+
 def contract_logits(logits: Array, temperature: Array | float, cfg: Sampling) -> Array:
     """Logits of the distribution that is sampled from.
 
@@ -293,12 +304,7 @@ def generate(
         )
         return t + 1, drawn, alive & (drawn != eos_id), cache, rollout
 
-    empty = Rollout(
-        responses=jnp.full((B, R), pad_id, jnp.int32),
-        lengths=jnp.zeros((B,), jnp.int32),
-        ended=jnp.zeros((B,), bool),
-        logprobs=jnp.zeros((B, R), jnp.float32),
-    )
+    empty = empty_rollout(B, R, pad_id)
     alive = jnp.ones((B,), bool)
     carry = (jnp.int32(0), last, alive, prefill(params, prompts, model, R), empty)
     *_, rollout = jax.lax.while_loop(

@@ -1,5 +1,6 @@
 """From prompts to advantages: rollout, scores, KL-penalised rewards, GAE."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ from flax import struct
 
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.heads import scalar_head
+from rlhf_jax.nn.refill import generate_refilled
 from rlhf_jax.nn.sampling import Rollout, generate
 from rlhf_jax.nn.transformer import forward_responses
 from rlhf_jax.objectives.advantages import kl_penalized_rewards, response_advantages
@@ -80,7 +82,10 @@ def collect_rollout(
 ) -> Rollout:
     """Samples a response to each of the [B, P] prompts from the policy."""
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0)
-    return generate(
+    sample = generate
+    if cfg.num_slots is not None:
+        sample = functools.partial(generate_refilled, num_slots=cfg.num_slots)
+    return sample(
         state.params["policy"],
         inputs.prompts,
         inputs.prompt_lengths,

@@ -36,6 +36,10 @@ class PPOConfig:
     """Longest prompt in tokens, P; longer prompts are dropped with a count."""
     sampling: Sampling = Sampling()
     """The distribution responses are drawn from (IG: temperature 1)."""
+    num_slots: int | None = None
+    """Responses decoded at a time; where one ends, the next prompt takes its place. The
+    same samples from a smaller cache, sooner where lengths vary; one device. None
+    decodes all at once."""
     policy_optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=8e-6, schedule="constant", warmup_steps=10, warmup_fraction=0.1
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -308,6 +309,15 @@ def test_no_gradient_flows_through_experience(made):
 def test_truncated_sampling_is_refused(truncation):
     with pytest.raises(ValueError, match="infinite KL"):
         dataclasses.replace(PLAIN, sampling=Sampling(response_len=R, **truncation))
+
+
+def test_slots_change_nothing_of_a_rollout():
+    slots = dataclasses.replace(CFG, num_slots=3)
+    state = dataclasses.replace(case.fresh_state(), step=jnp.int32(2))
+    args = (state, case.make_inputs(), SCALARS)
+    expected, actual = case.rollout_fn(CFG)(*args), case.rollout_fn(slots)(*args)
+    chex.assert_trees_all_close(actual, expected, atol=2e-5)
+    assert len(set(map(int, expected.lengths))) > 1  # a slot did become free early
 
 
 def test_rollouts_are_a_function_of_key_and_step():

@@ -34,7 +34,7 @@ OPTIMIZER = OptimizerConfig(
     learning_rate=0.01, schedule="linear", final_fraction=0.0, b2=0.99
 )
 CFG = PPOConfig(
-    num_iterations=150,
+    num_iterations=200,
     batch_size=B,
     num_minibatches=2,
     num_epochs=2,

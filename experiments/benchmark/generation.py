@@ -1,0 +1,131 @@
+"""Sampling with a cache, against `generate` of transformers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmark.peers import hf_gpt2, import_torch
+from experiments.benchmark.timing import Row, duel, duel_by_tokens
+from experiments.benchmark.training import model_config
+from rlhf_jax.nn.refill import generate_refilled
+from rlhf_jax.nn.sampling import Sampling, generate
+from rlhf_jax.nn.transformer import init_params
+
+P = 64
+
+
+def fixed(
+    batch_size: int, goal: float, repeats: int, vocab_size: int = 50257
+) -> list[Row]:
+    """128 new tokens after each prompt, sampled at temperature 1, no end."""
+    torch, _ = import_torch()
+    cfg, R = model_config(vocab_size), 128
+    params = init_params(jax.random.key(0), cfg)
+    prompts = np.random.default_rng(0).integers(0, vocab_size, (batch_size, P))
+    prompts = jnp.asarray(prompts, jnp.int32)
+    lengths = jnp.full((batch_size,), P, jnp.int32)
+    model = hf_gpt2(params, cfg).eval()
+    ids = torch.tensor(np.asarray(prompts), dtype=torch.long, device=model.device)
+
+    def sampler(sampling):
+        def sample(params, key):
+            return generate(
+                params,
+                prompts,
+                lengths,
+                key,
+                1.0,
+                eos_id=-1,
+                pad_id=0,
+                model=cfg,
+                sampling=sampling,
+            ).responses
+
+        return jax.jit(sample)
+
+    def their_tokens(**options):
+        with torch.no_grad():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                use_cache=True,
+                pad_token_id=0,
+                min_new_tokens=R,
+                max_new_tokens=R,
+                **options,
+            )
+        return out[:, P:].cpu().numpy()
+
+    greedy = sampler(Sampling(response_len=R, top_k=1))
+    same = np.asarray(greedy(params, jax.random.key(0))) == their_tokens(
+        do_sample=False
+    )
+    case = f"generate/B{batch_size}"
+    if same[:, :16].mean() < 0.99:  # later tokens may part at a tie
+        raise SystemExit(f"error: {case}: the greedy tokens differ; not the same work")
+    sample, key = sampler(Sampling(response_len=R)), jax.random.key(1)
+    ours = lambda: sample(params, key)  # noqa: E731
+    theirs = lambda: their_tokens(do_sample=True, top_k=0)  # noqa: E731
+    note = f"greedy tokens equal: {100 * same.mean():.1f} %"
+    against = "transformers generate with cache"
+    return [duel(case, ours, against, theirs, repeats, goal, note)]
+
+
+def varying(goal: float, repeats: int) -> list[Row]:
+    """256 prompts whose responses end after a third of the limit of 128 on average.
+
+    Ours has 32 slots that take the next prompt when a row ends; the others go batch by
+    batch of 32, each until its longest row has ended. Compared by tokens a second:
+    both draw their own lengths, from one distribution.
+    """
+    torch, _ = import_torch()
+    N, B, R, V, end = 256, 32, 128, 8192, 1
+    cfg = model_config(V)
+    params = init_params(jax.random.key(0), cfg)
+    # raises the logit of the end from 1 in V to about 1 in R / 3
+    bias = np.log(3 * V / R) * params["embed"][end] / jnp.sum(params["embed"][end] ** 2)
+    params["final_norm"]["bias"] = bias
+    prompts = jnp.asarray(np.random.default_rng(0).integers(2, V, (N, P)), jnp.int32)
+    lengths = jnp.full((N,), P, jnp.int32)
+    model = hf_gpt2(params, cfg).eval()
+    ids = torch.tensor(np.asarray(prompts), dtype=torch.long, device=model.device)
+    static = {"eos_id": end, "pad_id": 0, "model": cfg}
+    static["sampling"] = Sampling(response_len=R)
+    in_slots = jax.jit(functools.partial(generate_refilled, **static, num_slots=B))
+    batched = jax.jit(functools.partial(generate, **static))
+    keys = iter(jax.random.split(jax.random.key(0), 4 * repeats + 8))
+
+    def ours() -> int:
+        return int(in_slots(params, prompts, lengths, next(keys), 1.0).lengths.sum())
+
+    def ours_batched() -> int:
+        key, total = next(keys), 0
+        for i in range(0, N, B):
+            part = prompts[i : i + B], lengths[i : i + B], jax.random.fold_in(key, i)
+            total += int(batched(params, *part, 1.0).lengths.sum())
+        return total
+
+    def theirs() -> int:
+        total = 0
+        for part in ids.split(B):
+            with torch.no_grad():
+                out = model.generate(
+                    part,
+                    attention_mask=torch.ones_like(part),
+                    use_cache=True,
+                    do_sample=True,
+                    top_k=0,
+                    eos_token_id=end,
+                    pad_token_id=0,
+                    max_new_tokens=R,
+                )[:, P:]
+            total += int((out != 0).sum())
+        return total
+
+    against = "transformers generate, batch by batch"
+    rows = [duel_by_tokens("generate/varying", ours, against, theirs, repeats, goal)]
+    against = "ours, batch by batch with early exit"
+    case = "generate/refill"
+    return rows + [duel_by_tokens(case, ours, against, ours_batched, repeats)]

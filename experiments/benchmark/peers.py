@@ -1,0 +1,76 @@
+"""The other side: GPT-2 of the transformers library with our weights."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax.nn.config import TransformerConfig
+
+
+def import_torch() -> tuple[Any, Any]:
+    """torch and transformers, or how to get them."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise SystemExit(
+            f"error: {error.name} is missing; the other side of this benchmark comes "
+            'with `pip install -e ".[bench]"`'
+        ) from error
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    return torch, transformers
+
+
+def hf_gpt2(params: Any, cfg: TransformerConfig) -> Any:
+    """A float32 GPT-2 with our weights, sdpa attention, no dropout, on our device.
+
+    Args:
+        params: of `init_params`, pre-norm.
+        cfg: shape of the model.
+    """
+    torch, transformers = import_torch()
+    config = transformers.GPT2Config(
+        n_layer=cfg.num_layers,
+        n_embd=cfg.model_dim,
+        n_head=cfg.num_heads,
+        n_positions=cfg.max_len,
+        vocab_size=cfg.vocab_size,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        attn_implementation="sdpa",
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    D = cfg.model_dim
+    params = jax.device_get(params)
+    named = {
+        "wte.weight": params["embed"],
+        "wpe.weight": params["pos_embed"],
+        "ln_f.weight": params["final_norm"]["scale"],
+        "ln_f.bias": params["final_norm"]["bias"],
+    }
+    for i in range(cfg.num_layers):
+        layer = jax.tree.map(lambda x, i=i: x[i], params["blocks"])
+        named |= {
+            f"h.{i}.ln_1.weight": layer["attn_norm"]["scale"],
+            f"h.{i}.ln_1.bias": layer["attn_norm"]["bias"],
+            f"h.{i}.ln_2.weight": layer["mlp_norm"]["scale"],
+            f"h.{i}.ln_2.bias": layer["mlp_norm"]["bias"],
+            f"h.{i}.attn.c_attn.weight": layer["qkv"]["w"].reshape(D, 3 * D),
+            f"h.{i}.attn.c_attn.bias": layer["qkv"]["b"].reshape(3 * D),
+            f"h.{i}.attn.c_proj.weight": layer["attn_out"]["w"].reshape(D, D),
+            f"h.{i}.attn.c_proj.bias": layer["attn_out"]["b"],
+            f"h.{i}.mlp.c_fc.weight": layer["mlp_up"]["w"],
+            f"h.{i}.mlp.c_fc.bias": layer["mlp_up"]["b"],
+            f"h.{i}.mlp.c_proj.weight": layer["mlp_down"]["w"],
+            f"h.{i}.mlp.c_proj.bias": layer["mlp_down"]["b"],
+        }
+    with torch.no_grad():
+        for name, parameter in model.transformer.named_parameters():
+            parameter.copy_(torch.tensor(np.asarray(named.pop(name))))
+    assert not named and model.lm_head.weight is model.transformer.wte.weight
+    return model.to("cuda" if jax.default_backend() == "gpu" else "cpu")

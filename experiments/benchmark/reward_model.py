@@ -1,0 +1,108 @@
+"""Reward-model steps: K responses beside one prompt, against pairs and K rows."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmark.peers import hf_gpt2, import_torch
+from experiments.benchmark.timing import Row, check_close, duel
+from experiments.benchmark.training import model_config
+from rlhf_jax.data.batches import RankingBatch
+from rlhf_jax.nn.heads import init_scalar_head, scalar_head
+from rlhf_jax.nn.transformer import forward, init_params
+from rlhf_jax.objectives.ranking import ranking_loss
+from rlhf_jax.stages.reward_model import WeightedRankings, reward_loss
+
+B, P, R, V = 2, 192, 64, 8192
+
+
+def make_case(K: int):
+    """Parameters, and rankings of K full-length responses to each of B prompts."""
+    cfg = model_config(V)
+    key = jax.random.key(0)
+    params = {
+        "transformer": init_params(key, cfg),
+        "head": init_scalar_head(key, cfg.model_dim),
+    }
+    rng = np.random.default_rng(0)
+    rankings = RankingBatch(
+        prompts=rng.integers(0, V, (B, P)).astype(np.int32),
+        prompt_lengths=np.full((B,), P, np.int32),
+        responses=rng.integers(0, V, (B, K, R)).astype(np.int32),
+        response_lengths=np.full((B, K), R, np.int32),
+        ranks=np.tile(np.arange(1, K + 1, dtype=np.int32), (B, 1)),
+    )
+    weights = np.full((B,), 1 / B, np.float32)
+    return cfg, params, WeightedRankings(rankings, weights)  # type: ignore[arg-type]
+
+
+def against_pairs(K: int, goal: float, repeats: int) -> list[Row]:
+    """Loss and gradient, against all K (K - 1) / 2 pairs in transformers."""
+    torch, _ = import_torch()
+    cfg, params, batch = make_case(K)
+    grad = jax.jit(
+        jax.value_and_grad(functools.partial(reward_loss, model=cfg), has_aux=True)
+    )
+    key = jax.random.key(0)
+    model = hf_gpt2(params["transformer"], cfg).train().transformer
+    w = torch.tensor(np.asarray(params["head"]["w"]), device=model.device)
+    w.requires_grad_()
+    rankings = batch.rankings
+    prompts = np.repeat(np.asarray(rankings.prompts)[:, None], K, axis=1)
+    rows = np.concatenate([prompts, rankings.responses], axis=2)  # [B, K, P + R]
+    rows = torch.tensor(rows, dtype=torch.long, device=model.device)
+    better, worse = np.triu_indices(K, 1)
+
+    def ours():
+        return grad(params, batch, key)
+
+    def theirs():
+        both = torch.cat([rows[:, better], rows[:, worse]]).reshape(-1, P + R)
+        hidden = model(both, use_cache=False).last_hidden_state[:, -1]
+        scores = (hidden @ w).reshape(2, -1)
+        loss = -torch.nn.functional.logsigmoid(scores[0] - scores[1]).mean()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        w.grad = None
+        return float(loss.detach())
+
+    case = f"reward_model/K{K}"
+    check_close(case, float(ours()[0][0]), theirs())
+    return [
+        duel(case, ours, "transformers GPT-2 on pairs", theirs, max(2, repeats), goal)
+    ]
+
+
+def token_law(K: int, repeats: int) -> list[Row]:
+    """The gain over K sequences of our own, as a share of K (P + R) / (P + K R)."""
+    cfg, params, batch = make_case(K)
+    shared = functools.partial(reward_loss, model=cfg)
+    rankings = batch.rankings
+
+    def separate(params, batch, key):
+        prompts = jnp.repeat(rankings.prompts[:, None], K, axis=1)
+        rows = jnp.concatenate([prompts, rankings.responses], axis=2)
+        hidden = forward(params["transformer"], rows.reshape(-1, P + R), cfg)[:, -1]
+        scores = scalar_head(params["head"], hidden).reshape(B, K)
+        return jnp.sum(ranking_loss(scores, rankings.ranks) * batch.weights), {}
+
+    key = jax.random.key(0)
+    sides = [jax.jit(jax.value_and_grad(f, has_aux=True)) for f in (shared, separate)]
+    ours, theirs = (functools.partial(f, params, batch, key) for f in sides)
+    check_close("reward_model/token_law", float(ours()[0][0]), float(theirs()[0][0]))
+    row = duel("reward_model/token_law", ours, "K sequences of ours", theirs, repeats)
+    law = K * (P + R) / (P + K * R)
+    return [
+        Row(
+            row.case,
+            f"the law K (P + R) / (P + K R) = {law:.2f}, K = {K}",
+            row.ratio / law,
+            row.low / law,
+            row.high / law,
+            "of the law",
+            0.95,
+            row.note,
+        )
+    ]

@@ -1,0 +1,108 @@
+"""Duels: the same work by two programs in turn, and the ratio of their times."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        case: what was measured.
+        against: the other side.
+        ratio: median; low, high: smallest and largest of the repetitions.
+        unit: of the ratio.
+        goal: what must be reached; None where there is no goal.
+        note: times and sizes behind the ratio.
+    """
+
+    case: str
+    against: str
+    ratio: float
+    low: float
+    high: float
+    unit: str
+    goal: float | None = None
+    note: str = ""
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall time of one call, its results waited for."""
+    start = time.perf_counter()
+    jax.block_until_ready(work())
+    return time.perf_counter() - start
+
+
+def duel(
+    case: str,
+    ours: Callable[[], Any],
+    against: str,
+    theirs: Callable[[], Any],
+    repeats: int,
+    goal: float | None = None,
+    note: str = "",
+) -> Row:
+    """Times both sides in turn after a first call each; the ratio is theirs / ours.
+
+    Every repetition gives one ratio of neighbouring times, so that a machine that slows
+    down does so for both.
+    """
+    for side in (ours, theirs):
+        seconds(side)
+    pairs = np.array([(seconds(ours), seconds(theirs)) for _ in range(repeats)])
+    ms, their_ms = 1e3 * np.median(pairs, axis=0)
+    times = f"{ms:.1f} ms against {their_ms:.1f} ms"
+    note = f"{times}; {note}" if note else times
+    return _row(case, against, pairs[:, 1] / pairs[:, 0], goal, note)
+
+
+def duel_by_tokens(
+    case: str,
+    ours: Callable[[], int],
+    against: str,
+    theirs: Callable[[], int],
+    repeats: int,
+    goal: float | None = None,
+) -> Row:
+    """`duel` of sides that return how many tokens they made: a ratio of tokens/s."""
+
+    def rate(side: Callable[[], int]) -> float:
+        start = time.perf_counter()
+        tokens = side()
+        return tokens / (time.perf_counter() - start)
+
+    for side in (ours, theirs):
+        rate(side)
+    pairs = np.array([(rate(ours), rate(theirs)) for _ in range(repeats)])
+    mine, other = np.median(pairs, axis=0)
+    note = f"{mine:.0f} against {other:.0f} tokens/s"
+    return _row(case, against, pairs[:, 0] / pairs[:, 1], goal, note)
+
+
+def _row(case, against, ratios, goal, note) -> Row:
+    middle, low, high = map(float, (np.median(ratios), ratios.min(), ratios.max()))
+    return Row(case, against, middle, low, high, "times as fast", goal, note)
+
+
+def matmul_flops(size: int = 2048, repeats: int = 5) -> float:
+    """FLOP/s of one square float32 matrix product, the best of some."""
+    a = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(lambda a: a @ a)
+    seconds(lambda: product(a))
+    return 2 * size**3 / min(seconds(lambda: product(a)) for _ in range(repeats))
+
+
+def check_close(case: str, ours: float, theirs: float, rtol: float = 1e-4) -> None:
+    """Refuses to time two programs that do not compute the same."""
+    if not np.isclose(ours, theirs, rtol=rtol, atol=1e-5):
+        raise SystemExit(
+            f"error: {case}: ours computes {ours}, the other side {theirs}; the two "
+            "do not do the same work, so their times say nothing"
+        )

@@ -1,0 +1,126 @@
+"""Train steps: ours against transformers, and the head against full logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmark.peers import hf_gpt2, import_torch
+from experiments.benchmark.timing import (
+    Row,
+    check_close,
+    duel,
+    matmul_flops,
+    seconds,
+)
+from rlhf_jax.data.batches import TokenBatch
+from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.nn.transformer import init_params
+from rlhf_jax.objectives import language_modeling
+from rlhf_jax.stages.pretrain import lm_loss
+from rlhf_jax.training.optimizers import OptimizerConfig
+from rlhf_jax.training.state import init_state
+from rlhf_jax.training.step import make_train_step
+
+B, T, D, L = 8, 256, 256, 4
+
+
+def model_config(vocab_size: int) -> TransformerConfig:
+    """The model of most cases: 4 layers of 256, 4 heads."""
+    return TransformerConfig(
+        num_layers=L, model_dim=D, num_heads=4, max_len=512, vocab_size=vocab_size
+    )
+
+
+def train_flops(cfg: TransformerConfig, tokens: int, length: int) -> float:
+    """Forward and backward: 6 (N + V d) + 6 L d T FLOPs a token, T halved (causal)."""
+    n = 12 * cfg.num_layers * cfg.model_dim**2
+    head = cfg.vocab_size * cfg.model_dim
+    return tokens * (6 * (n + head) + 6 * cfg.num_layers * cfg.model_dim * length)
+
+
+def make_batch(cfg: TransformerConfig) -> TokenBatch:
+    """Random tokens, every position learned."""
+    ids = np.random.default_rng(0).integers(0, cfg.vocab_size, (B, T + 1))
+    ids = jnp.asarray(ids, jnp.int32)
+    weights = jnp.full((B, T), 1.0 / (B * T), jnp.float32)
+    return TokenBatch(ids[:, :-1], ids[:, 1:], weights)
+
+
+def train(vocab_size: int, goal: float, repeats: int) -> list[Row]:
+    """A whole update: forward, backward, clipping, AdamW."""
+    torch, _ = import_torch()
+    cfg, rate = model_config(vocab_size), 1e-4
+    params = init_params(jax.random.key(0), cfg)
+    batch = make_batch(cfg)
+    model = hf_gpt2(params, cfg).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
+    ids = np.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1)
+    ids = torch.tensor(ids, dtype=torch.long, device=model.device)
+
+    opt = OptimizerConfig(learning_rate=rate, schedule="constant")
+    loss_fn = functools.partial(lm_loss, model=cfg)
+    step = jax.jit(make_train_step(loss_fn, opt, 1000), donate_argnums=0)
+    scalars = opt.scalars()
+    state = init_state(params, jax.random.key(1))
+
+    def ours():
+        nonlocal state
+        state, metrics = step(state, batch, scalars)
+        return metrics["loss"]
+
+    def theirs():
+        logits = model(ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, vocab_size), ids[:, 1:].reshape(-1)
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    case = f"train/V{vocab_size}"
+    check_close(case, float(ours()), theirs())
+    check_close(case, float(ours()), theirs(), rtol=1e-3)  # after one update
+    rate = matmul_flops()
+    best = min(seconds(ours) for _ in range(3))
+    share = train_flops(cfg, B * T, T) / best / rate
+    note = f"{100 * share:.0f} % of {rate / 1e9:.0f} GFLOP/s of a matrix product"
+    against = "transformers GPT-2, sdpa, fused AdamW"
+    return [duel(case, ours, against, theirs, repeats, goal, note)]
+
+
+def head(repeats: int, vocab_size: int = 50257) -> list[Row]:
+    """Loss and gradient of the head: in chunks against all logits at once."""
+    key = jax.random.key(0)
+    hidden = jax.random.normal(key, (B, T, D))
+    embedding = 0.02 * jax.random.normal(key, (vocab_size, D))
+    batch = make_batch(model_config(vocab_size))
+
+    def loss(hidden, embedding):
+        return language_modeling.next_token_head(
+            hidden, embedding, batch.targets, batch.weights
+        )
+
+    def compiled(max_logits: int):
+        before = language_modeling.MAX_LOGITS
+        language_modeling.MAX_LOGITS = max_logits
+        try:
+            grad = jax.value_and_grad(lambda *args: loss(*args), argnums=(0, 1))
+            return jax.jit(grad).lower(hidden, embedding).compile()
+        finally:
+            language_modeling.MAX_LOGITS = before
+
+    cut, full = compiled(language_modeling.MAX_LOGITS), compiled(2**62)
+    ours, theirs = lambda: cut(hidden, embedding), lambda: full(hidden, embedding)
+    check_close("head", float(ours()[0]), float(theirs()[0]))
+    analyses = [f.memory_analysis() for f in (cut, full)]
+    sizes = [x.temp_size_in_bytes / 2**20 for x in analyses if x is not None]
+    ratio = sizes[0] / sizes[1]
+    note = f"{sizes[0]:.0f} MiB against {sizes[1]:.0f} MiB"
+    memory = Row(
+        "head/memory", "all logits", ratio, ratio, ratio, "of its bytes", 0.55, note
+    )
+    return [memory, duel("head/speed", ours, "all logits", theirs, repeats, 0.97)]

@@ -1,0 +1,137 @@
+"""Sampling with slots: a row that ends takes the next prompt inside the loop."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.nn.heads import lm_logits
+from rlhf_jax.nn.sampling import (
+    Rollout,
+    Sampling,
+    contract_logits,
+    decode_step,
+    empty_rollout,
+    prefill,
+    sample_tokens,
+)
+from rlhf_jax.nn.transformer import Params
+
+Array = jax.Array
+
+
+def generate_refilled(
+    params: Params,
+    prompts: Array,
+    prompt_lengths: Array,
+    key: Array,
+    temperature: Array | float,
+    *,
+    num_slots: int,
+    eos_id: int,
+    pad_id: int,
+    model: TransformerConfig,
+    sampling: Sampling,
+) -> Rollout:
+    """Samples one response to each of N prompts, `num_slots` at a time.
+
+    The same tokens as `generate` with the same key, up to rounding: token t of prompt n
+    is drawn by the same number. Where lengths vary, about sum(lengths) / num_slots
+    steps are taken instead of the longest length for every batch. New keys and values
+    go round a ring of R columns, one column a step for all slots; a row reads those
+    written since it began.
+
+    Args:
+        params: policy.
+        prompts: int32, [N, P], right-padded; the keys and values of all are computed
+            first and held.
+        prompt_lengths: int32 >= 1, [N].
+        key: typed PRNG key.
+        temperature: of the contract (traced).
+        num_slots: rows decoded at a time, B.
+        eos_id, pad_id: see `generate`.
+        model: shape of the policy, P + R <= max_len.
+        sampling: reads `response_len`, `top_k`, `top_p`.
+
+    Returns:
+        `Rollout` of N rows.
+    """
+    chex.assert_rank([prompts, prompt_lengths], [2, 1])
+    (N, P), R, B = prompts.shape, sampling.response_len, min(num_slots, len(prompts))
+    if num_slots < 1:
+        raise ValueError(f"num_slots must be at least 1, got {num_slots}")
+    if P + R > model.max_len:
+        raise ValueError(
+            f"prompt_len {P} + response_len {R} exceeds the model's max_len "
+            f"{model.max_len}; shorten them or raise model.max_len"
+        )
+    stem = P - 1
+    draws = jax.vmap(lambda t: jax.random.uniform(jax.random.fold_in(key, t), (N,)))
+    uniforms = draws(jnp.arange(R))  # [R, N]
+    last = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)[:, 0]
+    stems = prefill(params, prompts, model, 0)
+    first = jnp.arange(B)
+    room = ((0, 0), (0, 0), (0, 0), (0, R), (0, 0))
+    cache = tuple(jnp.pad(x[:, :B], room) for x in stems)
+
+    def refill(carry):
+        """Gives the next prompt to the first free slot."""
+        step, next_prompt, rows, starts, tokens, free, cache, rollout = carry
+        slot = jnp.argmax(free)
+        put = jax.lax.dynamic_update_slice_in_dim
+        here = [jax.lax.dynamic_index_in_dim(x, next_prompt, 1) for x in stems]
+        cache = (
+            jax.lax.dynamic_update_slice(cache[0], here[0], (0, slot, 0, 0, 0)),
+            jax.lax.dynamic_update_slice(cache[1], here[1], (0, slot, 0, 0, 0)),
+        )
+        rows = put(rows, next_prompt[None], slot, 0)
+        starts = put(starts, step[None], slot, 0)
+        tokens = put(tokens, last[next_prompt][None], slot, 0)
+        free = put(free, jnp.zeros((1,), bool), slot, 0)
+        return step, next_prompt + 1, rows, starts, tokens, free, cache, rollout
+
+    def body(carry):
+        carry = jax.lax.while_loop(
+            lambda carry: jnp.any(carry[5]) & (carry[1] < N), refill, carry
+        )
+        step, next_prompt, rows, starts, tokens, free, cache, rollout = carry
+        t = step - starts  # [B], which token each slot draws
+        written = step - jnp.mod(step - jnp.arange(R), R)  # step that filled a column
+        in_prompt = jnp.arange(stem)[None] < prompt_lengths[rows][:, None] - 1
+        own = (written[None] >= starts[:, None]) & (written[None] >= 0)
+        mask = jnp.concatenate([in_prompt, own], axis=1)
+        column = stem + jnp.mod(step, R)
+        positions = prompt_lengths[rows] - 1 + jnp.minimum(t, R - 1)
+        hidden, cache = decode_step(
+            params, cache, tokens, positions, column, mask, model
+        )
+        logits = contract_logits(lm_logits(params, hidden), temperature, sampling)
+        places = jnp.minimum(t, R - 1)
+        drawn, logprobs = sample_tokens(uniforms[places, rows], logits)
+        alive = ~free
+        kept = jnp.where(alive, rows, N)  # a row beyond the last is dropped
+        ends = drawn == eos_id
+        rollout = Rollout(
+            responses=rollout.responses.at[kept, t].set(drawn, mode="drop"),
+            lengths=rollout.lengths.at[kept].add(1, mode="drop"),
+            ended=rollout.ended.at[kept].set(ends, mode="drop"),
+            logprobs=rollout.logprobs.at[kept, t].set(logprobs, mode="drop"),
+        )
+        free = free | ends | (t + 1 >= R)
+        return step + 1, next_prompt, rows, starts, drawn, free, cache, rollout
+
+    begin = jnp.zeros((B,), jnp.int32)
+    carry = (
+        jnp.int32(0),
+        jnp.int32(B),
+        first,
+        begin,
+        last[:B],
+        jnp.zeros((B,), bool),
+        cache,
+        empty_rollout(N, R, pad_id),
+    )
+    *_, rollout = jax.lax.while_loop(
+        lambda carry: ~jnp.all(carry[5]) | (carry[1] < N), body, carry
+    )
+    return rollout

@@ -1,0 +1,64 @@
+"""The benchmark's arithmetic, and that it refuses to compare different work."""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.benchmark import system, timing, training
+from experiments.benchmark.__main__ import cases, draw, reached
+from experiments.benchmark.timing import Row, check_close, duel, duel_by_tokens
+from rlhf_jax.stages.pretrain import lm_loss
+
+
+def test_a_duel_is_their_time_over_ours():
+    sleep = time.sleep
+    row = duel("c", lambda: sleep(0.01), "them", lambda: sleep(0.03), 3, 2.0)
+    assert 1.5 < row.low <= row.ratio <= row.high < 4.5
+    assert reached(row)
+
+
+def test_more_tokens_in_the_same_time_are_faster():
+    def side(tokens):
+        return lambda: time.sleep(0.02) or tokens
+
+    row = duel_by_tokens("c", side(30), "them", side(10), 3, 5.0)
+    assert 2.0 < row.ratio < 4.5
+    assert not reached(row)
+
+
+def test_bytes_are_reached_from_above():
+    row = Row("head/memory", "", 0.5, 0.5, 0.5, "of its bytes", 0.55)
+    assert reached(row)
+    assert not reached(dataclasses.replace(row, ratio=0.6))
+    assert reached(dataclasses.replace(row, goal=None)) is None
+
+
+def test_different_work_is_not_timed():
+    check_close("c", 1.0, 1.00001)
+    with pytest.raises(SystemExit, match="do not do the same work"):
+        check_close("c", 1.0, 1.01)
+
+
+def test_the_formula_counts_the_programs_products():
+    """Forward and backward as XLA counts them, which knows no causal half."""
+    cfg = dataclasses.replace(training.model_config(1024), remat=False)
+    batch, _, _ = system._problem(cfg, 2, 128)
+    params = jax.eval_shape(lambda: training.init_params(jax.random.key(0), cfg))
+    grad = jax.jit(jax.grad(lambda p: lm_loss(p, batch, None, model=cfg)[0]))  # type: ignore
+    analysis = grad.lower(params).compile().cost_analysis()
+    formula = training.train_flops(cfg, 2 * 128, 2 * 128)  # both halves
+    assert formula == pytest.approx(analysis["flops"], rel=0.1)
+
+
+def test_the_figure_is_drawn_and_every_group_has_cases(tmp_path):
+    rows = [Row("a", "", 2.0, 1.5, 2.5, "times as fast", 1.3)]
+    draw(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+    assert all(cases(1).values())
+
+
+def test_a_product_rate_is_positive():
+    assert np.isfinite(timing.matmul_flops(64, 2)) and timing.matmul_flops(64, 2) > 0
