@@ -6,6 +6,7 @@ sharing one prompt (reward model, PPO), or one new token on a cache (decoding).
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -99,10 +100,14 @@ def layer_norm(params: Params, x: Array) -> Array:
     return (y * scale + bias).astype(x.dtype)
 
 
-def _dense(params: Params, x: Array, equation: str) -> Array:
-    bias = params["b"].astype(x.dtype)
-    y = jnp.einsum(equation, x, params["w"].astype(x.dtype))
-    return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+def _dense(params: Params, x: Array) -> Array:
+    """x W + b over the axes of W that b lacks, as one product of two matrices."""
+    w, b = params["w"].astype(x.dtype), params["b"].astype(x.dtype)
+    num_inputs = w.ndim - b.ndim
+    leading, inputs = x.shape[:-num_inputs], w.shape[:num_inputs]
+    rows = x.reshape(-1, math.prod(inputs))
+    y = rows @ w.reshape(rows.shape[1], -1) + b.reshape(1, -1)
+    return y.reshape(*leading, *b.shape)
 
 
 def _dropout(x: Array, rate: float, key: Array | None) -> Array:
@@ -141,15 +146,15 @@ def block(
     pre = cfg.norm == "pre"
 
     h = layer_norm(params["attn_norm"], x) if pre else x
-    qkv = _dense(params["qkv"], h, "btd,dcnh->btcnh")
+    qkv = _dense(params["qkv"], h)
     out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-    out = _dense(params["attn_out"], out, "btnh,nhd->btd")
+    out = _dense(params["attn_out"], out)
     x = x + _dropout(out, cfg.dropout, keys[0])
     x = x if pre else layer_norm(params["attn_norm"], x)
 
     h = layer_norm(params["mlp_norm"], x) if pre else x
-    h = jax.nn.gelu(_dense(params["mlp_up"], h, "btd,df->btf"), approximate=True)
-    out = _dense(params["mlp_down"], h, "btf,fd->btd")
+    h = jax.nn.gelu(_dense(params["mlp_up"], h), approximate=True)
+    out = _dense(params["mlp_down"], h)
     x = x + _dropout(out, cfg.dropout, keys[1])
     return x if pre else layer_norm(params["mlp_norm"], x)
 

@@ -131,10 +131,10 @@ def token_loss(
 
 
 def _head(hidden, table, targets, contract):
-    logits = jnp.einsum(
-        "btd,vd->btv", hidden, table, preferred_element_type=jnp.float32
-    )
-    return logprobs_and_entropy(contract(logits), targets)
+    rows = hidden.reshape(-1, hidden.shape[-1])  # one product of two matrices
+    logits = jnp.matmul(rows, table.T, preferred_element_type=jnp.float32)
+    outs = logprobs_and_entropy(contract(logits), targets.reshape(-1))
+    return jax.tree.map(lambda x: x.reshape(targets.shape), outs)
 
 
 def _chunks(shape: tuple[int, ...], vocab_size: int):
