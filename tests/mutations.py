@@ -232,6 +232,20 @@ MUTATIONS = (
         "objectives/test_ranking.py",
     ),
     Mutation(
+        "a slot that reads what its last prompt left",
+        "rlhf_jax/nn/refill.py",
+        "(written[None] >= starts[:, None])",
+        "(written[None] >= 0 * starts[:, None])",
+        "nn/test_refill.py",
+    ),
+    Mutation(
+        "a slot whose numbers depend on when it began",
+        "rlhf_jax/nn/refill.py",
+        "uniforms[places, rows]",
+        "uniforms[jnp.mod(step, R), rows]",
+        "nn/test_refill.py",
+    ),
+    Mutation(
         "the last chunk's gradient alone",
         _LM,
         "embedding_grad + grads[1]",
