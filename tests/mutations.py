@@ -234,8 +234,8 @@ MUTATIONS = (
     Mutation(
         "a slot that reads what its last prompt left",
         "rlhf_jax/nn/refill.py",
-        "(written[None] >= starts[:, None])",
-        "(written[None] >= 0 * starts[:, None])",
+        "own = written[None] >= starts[:, None]",
+        "own = written[None] >= 0 * starts[:, None]",
         "nn/test_refill.py",
     ),
     Mutation(

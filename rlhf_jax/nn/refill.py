@@ -9,6 +9,7 @@ from rlhf_jax.nn.heads import lm_logits
 from rlhf_jax.nn.sampling import (
     Rollout,
     Sampling,
+    check_room,
     contract_logits,
     decode_step,
     empty_rollout,
@@ -60,11 +61,7 @@ def generate_refilled(
     (N, P), R, B = prompts.shape, sampling.response_len, min(num_slots, len(prompts))
     if num_slots < 1:
         raise ValueError(f"num_slots must be at least 1, got {num_slots}")
-    if P + R > model.max_len:
-        raise ValueError(
-            f"prompt_len {P} + response_len {R} exceeds the model's max_len "
-            f"{model.max_len}; shorten them or raise model.max_len"
-        )
+    check_room(P, R, model)
     stem = P - 1
     draws = jax.vmap(lambda t: jax.random.uniform(jax.random.fold_in(key, t), (N,)))
     uniforms = draws(jnp.arange(R))  # [R, N]
@@ -95,18 +92,18 @@ def generate_refilled(
             lambda carry: jnp.any(carry[5]) & (carry[1] < N), refill, carry
         )
         step, next_prompt, rows, starts, tokens, free, cache, rollout = carry
-        t = step - starts  # [B], which token each slot draws
+        t = step - starts  # [B], which token each slot draws; a free one counts on
+        places = jnp.minimum(t, R - 1)
         written = step - jnp.mod(step - jnp.arange(R), R)  # step that filled a column
         in_prompt = jnp.arange(stem)[None] < prompt_lengths[rows][:, None] - 1
-        own = (written[None] >= starts[:, None]) & (written[None] >= 0)
+        own = written[None] >= starts[:, None]  # starts are never negative
         mask = jnp.concatenate([in_prompt, own], axis=1)
         column = stem + jnp.mod(step, R)
-        positions = prompt_lengths[rows] - 1 + jnp.minimum(t, R - 1)
+        positions = prompt_lengths[rows] - 1 + places
         hidden, cache = decode_step(
             params, cache, tokens, positions, column, mask, model
         )
         logits = contract_logits(lm_logits(params, hidden), temperature, sampling)
-        places = jnp.minimum(t, R - 1)
         drawn, logprobs = sample_tokens(uniforms[places, rows], logits)
         alive = ~free
         kept = jnp.where(alive, rows, N)  # a row beyond the last is dropped

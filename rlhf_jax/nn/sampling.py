@@ -62,6 +62,15 @@ class Rollout:
     logprobs: Array  # float32 [B, R], of each token under the contract, 0 after the end
 
 
+def check_room(prompt_len: int, response_len: int, model: TransformerConfig) -> None:
+    """Raises ValueError unless prompts [B, P] with responses [B, R] fit the model."""
+    if prompt_len + response_len > model.max_len:
+        raise ValueError(
+            f"prompt_len {prompt_len} + response_len {response_len} exceeds the "
+            f"model's max_len {model.max_len}; shorten them or raise model.max_len"
+        )
+
+
 def empty_rollout(num_rows: int, response_len: int, pad_id: int) -> Rollout:
     """A rollout of [B, R] before the first token."""
     shape = (num_rows, response_len)
@@ -271,11 +280,7 @@ def generate(
     """
     chex.assert_rank([prompts, prompt_lengths], [2, 1])
     (B, P), R = prompts.shape, sampling.response_len
-    if P + R > model.max_len:
-        raise ValueError(
-            f"prompt_len {P} + response_len {R} exceeds the model's max_len "
-            f"{model.max_len}; shorten them or raise model.max_len"
-        )
+    check_room(P, R, model)
     stem = P - 1
     in_prompt = jnp.arange(stem)[None] < prompt_lengths[:, None] - 1
     columns = jnp.arange(stem + R)[None]
