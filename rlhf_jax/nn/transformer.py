@@ -14,12 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.nn.attention import (
-    NEG_INF,
-    attention_scores,
-    causal_attention,
-    documents_and_positions,
-)
+from rlhf_jax.nn.attention import causal_attention, documents_and_positions
 from rlhf_jax.nn.config import TransformerConfig
 
 Array = jax.Array
@@ -123,6 +118,7 @@ def block(
     attend: Attend,
     cfg: TransformerConfig,
     key: Array | None = None,
+    rows: Array | None = None,
 ) -> Array:
     """Applies one block: attention, then MLP, each added to the residual stream.
 
@@ -133,12 +129,13 @@ def block(
     Args:
         params: one layer of `blocks`, without the leading axis.
         x: residual stream, [B, T, D].
-        attend: `(q, k, v) -> out`, each [B, T, N, H].
+        attend: `(q, k, v) -> out`, each [B, T, N, H]; q and out [B, S, N, H] of `rows`.
         cfg: reads `norm` and `dropout`.
         key: of the dropout masks; None turns dropout off.
+        rows: int32 [B, S], the positions whose outputs are wanted; None means all.
 
     Returns:
-        [B, T, D], the dtype of `x`.
+        [B, T, D], or [B, S, D] of `rows`; the dtype of `x`.
 
     Source: Radford et al. 2018 (post-LN) and 2019 (pre-LN), and the released code.
     """
@@ -146,9 +143,15 @@ def block(
     pre = cfg.norm == "pre"
 
     h = layer_norm(params["attn_norm"], x) if pre else x
-    qkv = _dense(params["qkv"], h)
-    out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-    out = _dense(params["attn_out"], out)
+    if rows is None:
+        qkv = _dense(params["qkv"], h)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    else:
+        kv = _dense(jax.tree.map(lambda p: p[..., 1:, :, :], params["qkv"]), h)
+        k, v = kv[:, :, 0], kv[:, :, 1]
+        x, h = (jnp.take_along_axis(y, rows[:, :, None], axis=1) for y in (x, h))
+        q = _dense(jax.tree.map(lambda p: p[..., 0, :, :], params["qkv"]), h)
+    out = _dense(params["attn_out"], attend(q, k, v))
     x = x + _dropout(out, cfg.dropout, keys[0])
     x = x if pre else layer_norm(params["attn_norm"], x)
 
@@ -177,6 +180,7 @@ def transformer(
     attend: Attend,
     cfg: TransformerConfig,
     key: Array | None = None,
+    last: tuple[Array, Attend] | None = None,
 ) -> Array:
     """Runs all blocks on [B, T] tokens with a given attention pattern.
 
@@ -188,9 +192,12 @@ def transformer(
         attend: which key each query reads, see the module.
         cfg: shape, dtype, norm, dropout, remat.
         key: of dropout; None turns it off.
+        last: the positions [B, S] whose states are wanted, and how they attend in the
+            last block, the rest of which is left out (without dropout).
 
     Returns:
-        Hidden states after the last norm, [B, T, D], in `cfg.dtype`; heads are apart.
+        Hidden states after the last norm, [B, T, D] or [B, S, D], in `cfg.dtype`;
+        heads are apart.
     """
     chex.assert_rank([tokens, positions], 2)
     chex.assert_equal_shape([tokens, positions])
@@ -204,9 +211,17 @@ def transformer(
         layer_key = None if key is None else jax.random.fold_in(key, index)
         return apply(layer_params, x, key=layer_key), None
 
-    layers = jnp.arange(cfg.num_layers)
+    layers, blocks = jnp.arange(cfg.num_layers), params["blocks"]
     few = cfg.num_layers <= MAX_UNROLLED
-    x, _ = jax.lax.scan(layer, x, (params["blocks"], layers), unroll=few)
+    if last is not None and few:
+        rows, attend_last = last
+        final = jax.tree.map(lambda p: p[-1], blocks)
+        layers, blocks = jax.tree.map(lambda p: p[:-1], (layers, blocks))
+    x, _ = jax.lax.scan(layer, x, (blocks, layers), unroll=few)
+    if last is not None and few:
+        x = block(final, x, attend_last, cfg, rows=rows)
+    elif last is not None:  # a slice of many blocks would copy their parameters
+        x = jnp.take_along_axis(x, last[0][:, :, None], axis=1)
     return final_norm(params, x)
 
 
@@ -228,7 +243,7 @@ def forward(
         weight 0.
     """
     chex.assert_rank(tokens, 2)
-    _check_length(tokens.shape[1], cfg)
+    check_length(tokens.shape[1], cfg)
     if cfg.document_end is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         return transformer(params, tokens, positions, causal_attention, cfg, key)
@@ -237,70 +252,8 @@ def forward(
     return transformer(params, tokens, positions, attend, cfg, key)
 
 
-def forward_responses(
-    params: Params,
-    prompts: Array,
-    prompt_lengths: Array,
-    responses: Array,
-    cfg: TransformerConfig,
-) -> Array:
-    """Hidden states of K responses to one prompt, the prompt computed once.
-
-    Each response attends to its prompt and itself, positions restart after the prompt:
-    exactly the states of K separate sequences, from P - 1 + K (R + 1) instead of
-    K (P + R) positions.
-
-    Args:
-        params: of `init_params`.
-        prompts: int32, [B, P], right-padded.
-        prompt_lengths: int32 >= 1, [B].
-        responses: int32, [B, K, R], right-padded.
-        cfg: shape of the model, P + R <= max_len.
-
-    Returns:
-        [B, K, R + 1, D]. Index t has read the prompt and responses[..., :t]: it decides
-        token t, and index `response_length` is the state after the last real token,
-        where a reward model reads.
-    """
-    chex.assert_rank([prompts, prompt_lengths, responses], [2, 1, 3])
-    (B, P), (_, K, R) = prompts.shape, responses.shape
-    _check_length(P + R, cfg)
-    last = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)  # [B, 1]
-    starts = jnp.broadcast_to(last[:, :, None], (B, K, 1))
-    branches = jnp.concatenate([starts, responses], axis=2)  # [B, K, R + 1]
-    tokens = jnp.concatenate([prompts[:, :-1], branches.reshape(B, -1)], axis=1)
-    stem = P - 1  # the last prompt token starts each branch
-    positions = jnp.concatenate(
-        [
-            jnp.broadcast_to(jnp.arange(stem)[None], (B, stem)),
-            jnp.tile(prompt_lengths[:, None] - 1 + jnp.arange(R + 1)[None], (1, K)),
-        ],
-        axis=1,
-    )
-    valid = jnp.arange(stem)[None] < prompt_lengths[:, None] - 1  # [B, P - 1]
-    causal = jnp.tril(jnp.ones((R + 1, R + 1), bool))[None, None, None]
-
-    def attend(q, k, v):
-        def split(x):  # [B, P - 1, N, H] and [B, K, R + 1, N, H]
-            return x[:, :stem], x[:, stem:].reshape(B, K, R + 1, *x.shape[2:])
-
-        (q_stem, q_own), (k_stem, k_own), (v_stem, v_own) = split(q), split(k), split(v)
-        out_stem = causal_attention(q_stem, k_stem, v_stem) if stem else v_stem
-        to_stem = attention_scores("bktnh,bsnh->bknts", q_own, k_stem)
-        to_own = attention_scores("bktnh,bksnh->bknts", q_own, k_own)
-        to_stem = jnp.where(valid[:, None, None, None], to_stem, NEG_INF)
-        to_own = jnp.where(causal, to_own, NEG_INF)
-        weights = jax.nn.softmax(jnp.concatenate([to_stem, to_own], -1), axis=-1)
-        weights = weights.astype(v.dtype)
-        out = jnp.einsum("bknts,bsnh->bktnh", weights[..., :stem], v_stem)
-        out += jnp.einsum("bknts,bksnh->bktnh", weights[..., stem:], v_own)
-        return jnp.concatenate([out_stem, out.reshape(B, -1, *out.shape[3:])], axis=1)
-
-    hidden = transformer(params, tokens, positions, attend, cfg)
-    return hidden[:, stem:].reshape(B, K, R + 1, -1)
-
-
-def _check_length(length: int, cfg: TransformerConfig) -> None:
+def check_length(length: int, cfg: TransformerConfig) -> None:
+    """Raises ValueError unless sequences of this many tokens fit the model."""
     if length > cfg.max_len:
         raise ValueError(
             f"sequences of {length} tokens do not fit the model's max_len "

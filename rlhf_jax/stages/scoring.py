@@ -13,8 +13,8 @@ from rlhf_jax.data.batches import prompt_batches
 from rlhf_jax.data.sources import DataError, Prompt
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.heads import scalar_head
+from rlhf_jax.nn.responses import forward_responses, last_response_states
 from rlhf_jax.nn.sampling import Rollout, Sampling, contract_logits, generate
-from rlhf_jax.nn.transformer import forward_responses
 from rlhf_jax.objectives.language_modeling import token_logprobs
 from rlhf_jax.objectives.masking import response_mask
 from rlhf_jax.stages.common import Context, Model
@@ -103,10 +103,10 @@ def response_scores(
     Source: Ouyang et al. 2022, section 3.5; the position is the family's convention
         (Stiennon et al. 2020), InstructGPT did not publish it.
     """
-    hidden = forward_responses(
-        reward_model["transformer"], prompts, prompt_lengths, responses, model
+    transformer = reward_model["transformer"]
+    last = last_response_states(
+        transformer, prompts, prompt_lengths, responses, lengths, model
     )
-    last = jnp.take_along_axis(hidden, lengths[:, :, None, None], axis=2)[:, :, 0]
     return scalar_head(reward_model["head"], last)
 
 

@@ -11,6 +11,7 @@ from scipy import stats
 
 from rlhf_jax.nn import sampling as sampling_module
 from rlhf_jax.nn.attention import NEG_INF
+from rlhf_jax.nn.responses import forward_responses
 from rlhf_jax.nn.sampling import (
     Sampling,
     contract_logits,
@@ -19,7 +20,7 @@ from rlhf_jax.nn.sampling import (
     prefill,
     sample_tokens,
 )
-from rlhf_jax.nn.transformer import forward, forward_responses
+from rlhf_jax.nn.transformer import forward
 from rlhf_jax.objectives.language_modeling import token_logprobs
 
 JUST_BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))

@@ -11,10 +11,10 @@ import pytest
 from rlhf_jax.nn import transformer as transformer_module
 from rlhf_jax.nn.attention import causal_attention
 from rlhf_jax.nn.heads import lm_logits
+from rlhf_jax.nn.responses import forward_responses, last_response_states
 from rlhf_jax.nn.transformer import (
     block,
     forward,
-    forward_responses,
     init_params,
 )
 
@@ -125,6 +125,34 @@ def test_shared_prompt_gives_the_states_of_separate_sequences(
             np.testing.assert_allclose(
                 hidden[b, k, : length + 1], expected, atol=1e-5, rtol=1e-5
             )
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["unrolled", "looped"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_last_states_and_their_gradients_are_those_of_all_states(
+    monkeypatch, tiny, random_params, ragged, norm, few
+):
+    if not few:
+        monkeypatch.setattr(transformer_module, "MAX_UNROLLED", 0)
+    cfg = tiny(norm=norm)
+    params, lengths = random_params(cfg), jnp.asarray(RESPONSE_LENGTHS)
+    prompts, responses = ragged
+    batch = prompts, jnp.asarray(PROMPT_LENGTHS), responses
+    cotangent = jax.random.normal(jax.random.key(5), (B, K, 16))
+
+    def from_all(params):
+        hidden = forward_responses(params, *batch, cfg)
+        index = lengths[:, :, None, None]
+        last = jnp.take_along_axis(hidden, index, axis=2)[:, :, 0]
+        return jnp.sum(last * cotangent), last
+
+    def alone(params):
+        last = last_response_states(params, *batch, lengths, cfg)
+        return jnp.sum(last * cotangent), last
+
+    grads = [jax.jit(jax.grad(f, has_aux=True))(params) for f in (alone, from_all)]
+    assert_trees_close(grads[0][1], grads[1][1], atol=1e-5, rtol=1e-5)
+    assert_trees_close(grads[0][0], grads[1][0], atol=1e-4, rtol=1e-4)
 
 
 def response_loss(params, prompts, responses, cfg):

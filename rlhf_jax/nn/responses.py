@@ -1,0 +1,146 @@
+"""K responses that share one prompt, computed once: exact, and fewer positions.
+
+The row is `[prompt, response 1, ..., response K]`; each response attends to the prompt
+and to itself, and positions restart after the prompt.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.nn.attention import NEG_INF, attention_scores, causal_attention
+from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.nn.transformer import Params, check_length, transformer
+
+Array = jax.Array
+
+
+def forward_responses(
+    params: Params,
+    prompts: Array,
+    prompt_lengths: Array,
+    responses: Array,
+    cfg: TransformerConfig,
+) -> Array:
+    """Hidden states of K responses to one prompt, the prompt computed once.
+
+    Exactly the states of K separate sequences, from P - 1 + K (R + 1) instead of
+    K (P + R) positions.
+
+    Args:
+        params: of `init_params`.
+        prompts: int32, [B, P], right-padded.
+        prompt_lengths: int32 >= 1, [B].
+        responses: int32, [B, K, R], right-padded.
+        cfg: shape of the model, P + R <= max_len.
+
+    Returns:
+        [B, K, R + 1, D]. Index t has read the prompt and responses[..., :t]: it decides
+        token t, and index `response_length` is the state after the last real token,
+        where a reward model reads.
+    """
+    row = _shared_row(prompts, prompt_lengths, responses, cfg)
+    hidden = transformer(params, *row, _attend(prompt_lengths, responses, row), cfg)
+    B, K, R = responses.shape
+    return hidden[:, -K * (R + 1) :].reshape(B, K, R + 1, -1)
+
+
+def last_response_states(
+    params: Params,
+    prompts: Array,
+    prompt_lengths: Array,
+    responses: Array,
+    lengths: Array,
+    cfg: TransformerConfig,
+) -> Array:
+    """The state after the last real token of each response, and no other.
+
+    `forward_responses` at index `lengths`, without the rest of the last block.
+
+    Args:
+        params, prompts, prompt_lengths, responses, cfg: of `forward_responses`.
+        lengths: int32 in [0, R], [B, K].
+
+    Returns:
+        [B, K, D].
+    """
+    row = _shared_row(prompts, prompt_lengths, responses, cfg)
+    B, K, R = responses.shape
+    stem = row[0].shape[1] - K * (R + 1)
+    read = jnp.arange(R + 1)[None, None] <= lengths[:, :, None]  # [B, K, R + 1]
+
+    def attend_last(q, k, v):  # q [B, K, N, H]
+        valid = _valid(prompt_lengths, stem)
+        out = _attend_branches(q[:, :, None], k, v, valid, read[:, :, None, None])
+        return out[:, :, 0]
+
+    rows = stem + jnp.arange(K)[None] * (R + 1) + lengths
+    attend = _attend(prompt_lengths, responses, row)
+    return transformer(params, *row, attend, cfg, last=(rows, attend_last))
+
+
+def _shared_row(prompts, prompt_lengths, responses, cfg) -> tuple[Array, Array]:
+    """Tokens and positions of the row, [B, P - 1 + K (R + 1)] each."""
+    chex.assert_rank([prompts, prompt_lengths, responses], [2, 1, 3])
+    (B, P), (_, K, R) = prompts.shape, responses.shape
+    check_length(P + R, cfg)
+    last = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)  # [B, 1]
+    starts = jnp.broadcast_to(last[:, :, None], (B, K, 1))
+    branches = jnp.concatenate([starts, responses], axis=2)  # [B, K, R + 1]
+    stem = P - 1  # the last prompt token starts each branch
+    positions = [
+        jnp.broadcast_to(jnp.arange(stem)[None], (B, stem)),
+        jnp.tile(prompt_lengths[:, None] - 1 + jnp.arange(R + 1)[None], (1, K)),
+    ]
+    tokens = [prompts[:, :-1], branches.reshape(B, -1)]
+    return jnp.concatenate(tokens, axis=1), jnp.concatenate(positions, axis=1)
+
+
+def _valid(prompt_lengths: Array, stem: int) -> Array:
+    """Which columns of the stem are the prompt's: bool [B, stem]."""
+    return jnp.arange(stem)[None] < prompt_lengths[:, None] - 1
+
+
+def _attend(prompt_lengths, responses, row):
+    """Attention of all positions of the row."""
+    B, K, R = responses.shape
+    stem = row[0].shape[1] - K * (R + 1)
+    valid = _valid(prompt_lengths, stem)
+    causal = jnp.tril(jnp.ones((R + 1, R + 1), bool))[None, None, None]
+
+    def attend(q, k, v):
+        stem_q, stem_k, stem_v = q[:, :stem], k[:, :stem], v[:, :stem]
+        out_stem = causal_attention(stem_q, stem_k, stem_v) if stem else stem_v
+        own = q[:, stem:].reshape(B, K, R + 1, *q.shape[2:])
+        out = _attend_branches(own, k, v, valid, causal)
+        return jnp.concatenate([out_stem, out.reshape(B, -1, *out.shape[3:])], axis=1)
+
+    return attend
+
+
+def _attend_branches(q, k, v, valid, own_mask) -> Array:
+    """Attention of Q positions of each branch to the prompt and to their branch.
+
+    Args:
+        q: [B, K, Q, N, H].
+        k, v: [B, stem + K (R + 1), N, H], of the whole row.
+        valid: bool, [B, stem].
+        own_mask: bool, broadcast to [B, K, N, Q, R + 1].
+
+    Returns:
+        [B, K, Q, N, H].
+    """
+    B, K = q.shape[:2]
+    stem = valid.shape[1]
+    own = functools.partial(jnp.reshape, shape=(B, K, -1, *k.shape[2:]))
+    k_own, v_own = own(k[:, stem:]), own(v[:, stem:])
+    to_stem = attention_scores("bktnh,bsnh->bknts", q, k[:, :stem])
+    to_own = attention_scores("bktnh,bksnh->bknts", q, k_own)
+    to_stem = jnp.where(valid[:, None, None, None], to_stem, NEG_INF)
+    to_own = jnp.where(own_mask, to_own, NEG_INF)
+    weights = jax.nn.softmax(jnp.concatenate([to_stem, to_own], -1), axis=-1)
+    weights = weights.astype(v.dtype)
+    out = jnp.einsum("bknts,bsnh->bktnh", weights[..., :stem], v[:, :stem])
+    return out + jnp.einsum("bknts,bksnh->bktnh", weights[..., stem:], v_own)
