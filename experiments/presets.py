@@ -49,7 +49,7 @@ def embedded() -> InstructGPT:
     return InstructGPT(
         run=Path("runs/instructgpt"),
         simulation=SimulationConfig(
-            num_demonstrations=120, num_ranking_prompts=4000, num_eval_prompts=600
+            num_demonstrations=120, num_ranking_prompts=12000, num_eval_prompts=600
         ),
         tokenizer=TokenizerConfig(vocab_size=768),
         pretrain=PretrainConfig(
@@ -90,7 +90,6 @@ def embedded() -> InstructGPT:
             batch_size=200,
         ),
         reward_model=RewardModelConfig(
-            num_epochs=2,
             batch_size=4,
             prompt_len=28,
             response_len=24,

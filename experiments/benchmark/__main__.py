@@ -18,12 +18,28 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmark import generation, reward_model, system, training
+from experiments.benchmark import (
+    accelerator,
+    generation,
+    ppo,
+    reward_model,
+    system,
+    training,
+)
 from experiments.benchmark.timing import Row
 from rlhf_jax.training.host import keep_freed_memory
 from rlhf_jax.training.run_dir import write_text
 
-Group = Literal["train", "head", "generate", "reward_model", "sweep", "system"]
+Group = Literal[
+    "train",
+    "head",
+    "generate",
+    "reward_model",
+    "ppo",
+    "sweep",
+    "system",
+    "accelerator",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +47,7 @@ class Benchmark:
     """What to measure."""
 
     groups: Annotated[tuple[Group, ...], tyro.conf.Positional] = ()
-    """Groups of cases; none means all."""
+    """Groups of cases; none means all, "accelerator" on an accelerator only."""
     out: Path = Path("runs/benchmark")
     """Directory of benchmark.json and benchmark.png."""
     repeats: int = 7
@@ -61,6 +77,10 @@ def cases(repeats: int) -> dict[Group, list[Callable[[], list[Row]]]]:
             lambda: reward_model.against_pairs(9, 28.0, repeats // 2),
             lambda: reward_model.token_law(9, repeats),
         ],
+        "ppo": [
+            lambda: ppo.iteration(8192, 1.8, repeats),
+            lambda: ppo.iteration(50257, 2.7, repeats),
+        ],
         "sweep": [lambda: system.sweep(repeats)],
         "system": [
             lambda: system.compile_depth(repeats),
@@ -68,6 +88,7 @@ def cases(repeats: int) -> dict[Group, list[Callable[[], list[Row]]]]:
             lambda: system.devices(2, repeats),
             lambda: system.devices(8, repeats),
         ],
+        "accelerator": accelerator.measurements(repeats),
     }
 
 
@@ -75,7 +96,7 @@ def reached(row: Row) -> bool | None:
     """Whether the median meets the goal; None where there is no goal."""
     if row.goal is None:
         return None
-    more_is_better = row.unit in ("times as fast", "of the law")
+    more_is_better = row.unit in ("times as fast", "of the law", "of the limit")
     return row.ratio >= row.goal if more_is_better else row.ratio <= row.goal
 
 
@@ -108,13 +129,18 @@ def draw(rows: list[Row], path: Path) -> None:
 def main() -> None:
     cfg = tyro.cli(Benchmark, description=__doc__)
     keep_freed_memory()  # for both sides: one process, one allocator
+    on_cpu = jax.default_backend() == "cpu"
     console, rows = Console(), []
     console.print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)")
     for group, measurements in cases(cfg.repeats).items():
         if cfg.groups and group not in cfg.groups:
             continue
+        if not cfg.groups and on_cpu and group == "accelerator":
+            continue
         for measure in measurements:
             for row in measure():
+                if not on_cpu and group != "accelerator":
+                    row = dataclasses.replace(row, goal=None)  # set for CPU cores
                 rows.append(row)
                 verdict = {None: "", True: "reached", False: "NOT reached"}
                 console.print(

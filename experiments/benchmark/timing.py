@@ -91,12 +91,26 @@ def _row(case, against, ratios, goal, note) -> Row:
     return Row(case, against, middle, low, high, "times as fast", goal, note)
 
 
-def matmul_flops(size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of one square float32 matrix product, the best of some."""
-    a = jnp.ones((size, size), jnp.float32)
+def matmul_flops(size: int = 2048, repeats: int = 5, dtype: str = "float32") -> float:
+    """FLOP/s of one square matrix product of random numbers, the best of some."""
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32).astype(dtype)
     product = jax.jit(lambda a: a @ a)
-    seconds(lambda: product(a))
-    return 2 * size**3 / min(seconds(lambda: product(a)) for _ in range(repeats))
+    return 2 * size**3 / _best_of_ten(lambda: product(a), repeats)
+
+
+def copy_bytes(size: int = 2**30, repeats: int = 5) -> float:
+    """Bytes read and written a second by a copy within the device's memory."""
+    x = jax.random.normal(jax.random.key(0), (size // 2,), jnp.bfloat16)
+    copy = jax.jit(lambda x: -x)
+    return 2 * size / _best_of_ten(lambda: copy(x), repeats)
+
+
+def _best_of_ten(work: Callable[[], Any], repeats: int) -> float:
+    """Seconds of one of ten calls in a row, launched together, the best of some."""
+    seconds(work)
+    return (
+        min(seconds(lambda: [work() for _ in range(10)]) for _ in range(repeats)) / 10
+    )
 
 
 def check_close(case: str, ours: float, theirs: float, rtol: float = 1e-4) -> None:

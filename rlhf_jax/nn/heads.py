@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.nn.attention import full_precision
 from rlhf_jax.nn.transformer import Params
 
 Array = jax.Array
@@ -14,12 +15,13 @@ def lm_logits(params: Params, hidden: Array) -> Array:
 
     Full logits take 4 V bytes a position; losses use `token_logprobs` instead.
     """
-    return jnp.einsum(
-        "...d,vd->...v",
-        hidden,
-        params["embed"].astype(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    with full_precision(hidden.dtype):
+        return jnp.einsum(
+            "...d,vd->...v",
+            hidden,
+            params["embed"].astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
 
 
 def init_scalar_head(key: Array, model_dim: int) -> Params:
@@ -50,5 +52,6 @@ def scalar_head(head: Params, hidden: Array) -> Array:
         float32, [...], in reward units. `shift` receives no gradient.
     """
     chex.assert_rank([head["w"], head["b"], head["shift"]], [1, 0, 0])
-    scores = jnp.einsum("...d,d->...", hidden.astype(jnp.float32), head["w"])
+    with full_precision(jnp.float32):
+        scores = jnp.einsum("...d,d->...", hidden.astype(jnp.float32), head["w"])
     return scores + head["b"] - jax.lax.stop_gradient(head["shift"])

@@ -16,7 +16,7 @@ from rlhf_jax.nn.sampling import (
     prefill,
     sample_tokens,
 )
-from rlhf_jax.nn.transformer import Params
+from rlhf_jax.nn.transformer import Params, cast_once
 
 Array = jax.Array
 
@@ -63,6 +63,7 @@ def generate_refilled(
         raise ValueError(f"num_slots must be at least 1, got {num_slots}")
     check_room(P, R, model)
     stem = P - 1
+    params, table = cast_once(params, model)
     draws = jax.vmap(lambda t: jax.random.uniform(jax.random.fold_in(key, t), (N,)))
     uniforms = draws(jnp.arange(R))  # [R, N]
     last = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)[:, 0]
@@ -103,7 +104,7 @@ def generate_refilled(
         hidden, cache = decode_step(
             params, cache, tokens, positions, column, mask, model
         )
-        logits = contract_logits(lm_logits(params, hidden), temperature, sampling)
+        logits = contract_logits(lm_logits(table, hidden), temperature, sampling)
         drawn, logprobs = sample_tokens(uniforms[places, rows], logits)
         alive = ~free
         kept = jnp.where(alive, rows, N)  # a row beyond the last is dropped

@@ -10,7 +10,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.nn.attention import NEG_INF, attention_scores, causal_attention
+from rlhf_jax.nn.attention import (
+    NEG_INF,
+    attention_scores,
+    causal_attention,
+    fused,
+    fused_attention,
+)
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.transformer import Params, check_length, transformer
 
@@ -136,6 +142,21 @@ def _attend_branches(q, k, v, valid, own_mask) -> Array:
     stem = valid.shape[1]
     own = functools.partial(jnp.reshape, shape=(B, K, -1, *k.shape[2:]))
     k_own, v_own = own(k[:, stem:]), own(v[:, stem:])
+    if fused(q):  # the prompt's keys once for each response: the kernel knows no groups
+        Q, width = q.shape[2], k_own.shape[2]
+        own_mask = jnp.broadcast_to(own_mask[:, :, 0], (B, K, Q, width))
+        to_stem = jnp.broadcast_to(valid[:, None, None], (B, K, Q, stem))
+        mask = jnp.concatenate([to_stem, own_mask], axis=-1)
+
+        def flat(stems, branches):
+            stems = jnp.broadcast_to(stems[:, None], (B, K, *stems.shape[1:]))
+            joined = jnp.concatenate([stems, branches], axis=2)
+            return joined.reshape(B * K, *joined.shape[2:])
+
+        keys, values = flat(k[:, :stem], k_own), flat(v[:, :stem], v_own)
+        mask = mask.reshape(B * K, Q, stem + width)
+        out = fused_attention(q.reshape(B * K, *q.shape[2:]), keys, values, mask)
+        return out.reshape(q.shape)
     to_stem = attention_scores("bktnh,bsnh->bknts", q, k[:, :stem])
     to_own = attention_scores("bktnh,bksnh->bknts", q, k_own)
     to_stem = jnp.where(valid[:, None, None, None], to_stem, NEG_INF)

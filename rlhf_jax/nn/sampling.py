@@ -18,8 +18,10 @@ from rlhf_jax.nn.heads import lm_logits
 from rlhf_jax.nn.transformer import (
     Params,
     block,
+    cast_once,
     embed,
     final_norm,
+    unrolled,
 )
 
 Array = jax.Array
@@ -243,7 +245,8 @@ def decode_step(
 
     x = embed(params, tokens[:, None], positions[:, None], cfg.dtype)
     layers = (params["blocks"], jnp.arange(cfg.num_layers))
-    (x, keys, values), _ = jax.lax.scan(layer, (x, *cache), layers)
+    written_out = jax.default_backend() == "gpu" and unrolled(cfg)
+    (x, keys, values), _ = jax.lax.scan(layer, (x, *cache), layers, unroll=written_out)
     return final_norm(params, x)[:, 0], (keys, values)
 
 
@@ -282,6 +285,7 @@ def generate(
     (B, P), R = prompts.shape, sampling.response_len
     check_room(P, R, model)
     stem = P - 1
+    params, table = cast_once(params, model)
     in_prompt = jnp.arange(stem)[None] < prompt_lengths[:, None] - 1
     columns = jnp.arange(stem + R)[None]
     last = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)[:, 0]
@@ -294,7 +298,7 @@ def generate(
         hidden, cache = decode_step(
             params, cache, tokens, prompt_lengths - 1 + t, stem + t, mask, model
         )
-        logits = contract_logits(lm_logits(params, hidden), temperature, sampling)
+        logits = contract_logits(lm_logits(table, hidden), temperature, sampling)
         uniforms = jax.random.uniform(jax.random.fold_in(key, t), (B,))
         drawn, logprobs = sample_tokens(uniforms, logits)
         drawn = jnp.where(alive, drawn, pad_id)

@@ -14,7 +14,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.nn.attention import causal_attention, documents_and_positions
+from rlhf_jax.nn.attention import (
+    causal_attention,
+    documents_and_positions,
+    full_precision,
+)
 from rlhf_jax.nn.config import TransformerConfig
 
 Array = jax.Array
@@ -22,6 +26,7 @@ Params = Any  # nested dict of float32 arrays; blocks stacked on a leading axis 
 Attend = Callable[[Array, Array, Array], Array]
 
 MAX_UNROLLED = 4  # layers; more are one loop, which compiles as fast as one layer
+MAX_UNROLLED_GPU = 24  # there the loop copies what the backward pass needs
 
 
 def init_params(key: Array, cfg: TransformerConfig) -> Params:
@@ -139,6 +144,11 @@ def block(
 
     Source: Radford et al. 2018 (post-LN) and 2019 (pre-LN), and the released code.
     """
+    with full_precision(x.dtype):
+        return _block(params, x, attend, cfg, key, rows)
+
+
+def _block(params, x, attend, cfg, key, rows):
     keys = (None, None) if key is None else tuple(jax.random.split(key))
     pre = cfg.norm == "pre"
 
@@ -162,6 +172,27 @@ def block(
     return x if pre else layer_norm(params["mlp_norm"], x)
 
 
+def cast_once(params: Params, cfg: TransformerConfig) -> tuple[Params, Params]:
+    """Parameters for loops over many steps, which would convert weights in each.
+
+    Args:
+        params: of `init_params`.
+        cfg: reads `dtype`.
+
+    Returns:
+        The parameters with those of dense layers in `cfg.dtype`, norms and embeddings
+        as they are; `{"embed"}` [V, D] in `cfg.dtype`, for `lm_logits`. The same
+        results as without.
+    """
+    blocks = {
+        name: layer
+        if name.endswith("norm")
+        else jax.tree.map(lambda p: p.astype(cfg.dtype), layer)
+        for name, layer in params["blocks"].items()
+    }
+    return params | {"blocks": blocks}, {"embed": params["embed"].astype(cfg.dtype)}
+
+
 def embed(params: Params, tokens: Array, positions: Array, dtype: str) -> Array:
     """Adds token and position embeddings: ids and positions [B, T] -> [B, T, D]."""
     x = params["embed"][tokens] + params["pos_embed"][positions]
@@ -171,6 +202,12 @@ def embed(params: Params, tokens: Array, positions: Array, dtype: str) -> Array:
 def final_norm(params: Params, x: Array) -> Array:
     """Normalises the residual stream [..., D] of a pre-LN model; else the identity."""
     return layer_norm(params["final_norm"], x) if "final_norm" in params else x
+
+
+def unrolled(cfg: TransformerConfig) -> bool:
+    """Whether the layers, [L, ...], are written out instead of looped over."""
+    on_gpu = jax.default_backend() == "gpu" and not cfg.remat
+    return cfg.num_layers <= (MAX_UNROLLED_GPU if on_gpu else MAX_UNROLLED)
 
 
 def transformer(
@@ -212,7 +249,7 @@ def transformer(
         return apply(layer_params, x, key=layer_key), None
 
     layers, blocks = jnp.arange(cfg.num_layers), params["blocks"]
-    few = cfg.num_layers <= MAX_UNROLLED
+    few = unrolled(cfg)
     if last is not None and few:
         rows, attend_last = last
         final = jax.tree.map(lambda p: p[-1], blocks)
@@ -253,7 +290,7 @@ def forward(
 
 
 def check_length(length: int, cfg: TransformerConfig) -> None:
-    """Raises ValueError unless sequences of this many tokens fit the model."""
+    """Raises ValueError unless tokens [B, length] fit the model."""
     if length > cfg.max_len:
         raise ValueError(
             f"sequences of {length} tokens do not fit the model's max_len "

@@ -11,6 +11,7 @@ from rlhf_jax.objectives.masking import masked_sum
 Array = jax.Array
 
 MAX_LOGITS = 2**25  # elements of logits held at once (128 MiB in float32)
+MAX_LOGITS_ACCELERATOR = 2**28  # 1 GiB
 
 
 def logprobs_and_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
@@ -60,10 +61,9 @@ def token_logprobs(
     """
     chex.assert_rank([hidden, embedding, targets], [3, 2, 2])
     chex.assert_equal_shape_prefix([hidden, targets], 2)
-    table = embedding.astype(hidden.dtype)
 
     def chunk(hidden, targets):
-        return _head(hidden, table, targets, contract)
+        return _head(hidden, embedding, targets, contract)
 
     cut, join, num_chunks = _chunks(targets.shape, embedding.shape[0])
     if num_chunks == 1:
@@ -105,8 +105,7 @@ def token_loss(
     per_token = jax.lax.stop_gradient(per_token)
 
     def chunk(hidden, embedding, targets, per_token):
-        table = embedding.astype(hidden.dtype)
-        outs = _head(hidden, table, targets, contract)
+        outs = _head(hidden, embedding, targets, contract)
         return loss_fn(*outs, *per_token), jax.lax.stop_gradient(outs)
 
     cut, join, num_chunks = _chunks(targets.shape, embedding.shape[0])
@@ -130,17 +129,45 @@ def token_loss(
     return loss, jax.tree.map(join, outs)
 
 
-def _head(hidden, table, targets, contract):
+def _head(hidden, embedding, targets, contract):
     rows = hidden.reshape(-1, hidden.shape[-1])  # one product of two matrices
-    logits = jnp.matmul(rows, table.T, preferred_element_type=jnp.float32)
+    logits = _logits(rows, embedding)
     outs = logprobs_and_entropy(contract(logits), targets.reshape(-1))
     return jax.tree.map(lambda x: x.reshape(targets.shape), outs)
+
+
+@jax.custom_vjp
+def _logits(rows: Array, embedding: Array) -> Array:
+    """float32 logits [n, V] of [n, D]; their gradient meets the factors in the dtype of
+    `rows`, since float32 beside bfloat16 would be multiplied as float32."""
+    return _product(rows, embedding.T.astype(rows.dtype))
+
+
+def _product(a: Array, b: Array) -> Array:
+    """a b in float32, of float32 factors on accelerators too."""
+    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.matmul(a, b, precision=exact, preferred_element_type=jnp.float32)
+
+
+def _logits_forward(rows, embedding):
+    return _logits(rows, embedding), (rows, embedding)
+
+
+def _logits_backward(kept, grad):
+    rows, embedding = kept
+    grad = grad.astype(rows.dtype)
+    rows_grad = _product(grad, embedding.astype(rows.dtype)).astype(rows.dtype)
+    return rows_grad, _product(grad.T, rows)
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def _chunks(shape: tuple[int, ...], vocab_size: int):
     """Cut of [B, T, ...] into [chunks, B, width, ...] along time, and its inverse."""
     B, T = shape
-    num_chunks = -(-B * T * vocab_size // MAX_LOGITS)
+    at_once = MAX_LOGITS if jax.default_backend() == "cpu" else MAX_LOGITS_ACCELERATOR
+    num_chunks = -(-B * T * vocab_size // at_once)
     width = -(-T // min(max(num_chunks, 1), T))
     num_chunks = -(-T // width)
 

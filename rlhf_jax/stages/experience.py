@@ -10,8 +10,8 @@ from flax import struct
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.heads import scalar_head
 from rlhf_jax.nn.refill import generate_refilled
-from rlhf_jax.nn.sampling import Rollout, generate
 from rlhf_jax.nn.responses import forward_responses
+from rlhf_jax.nn.sampling import Rollout, generate
 from rlhf_jax.objectives.advantages import kl_penalized_rewards, response_advantages
 from rlhf_jax.objectives.masking import (
     masked_mean,

@@ -8,7 +8,9 @@ import numpy as np
 import oracle
 import pytest
 
+from rlhf_jax.nn import attention, responses
 from rlhf_jax.nn.attention import documents_and_positions
+from rlhf_jax.nn.responses import forward_responses, last_response_states
 from rlhf_jax.nn.transformer import forward
 
 NORMS = ["pre", "post"]
@@ -46,3 +48,62 @@ def test_no_gradient_crosses_the_end_of_a_document(tiny, random_params):
         return jax.grad(loss)(params)
 
     chex.assert_trees_all_close(gradient([5, 7]), gradient([1, 10]), rtol=1e-6)
+
+
+@pytest.fixture
+def with_kernel(monkeypatch):
+    """Routes attention as for cuDNN, through the same function's portable form."""
+
+    def route(on: bool):
+        monkeypatch.setattr(attention, "FUSED_IMPLEMENTATION", "xla")
+        for module in (attention, responses):
+            monkeypatch.setattr(module, "fused", lambda q: on)
+
+    return route
+
+
+@pytest.mark.parametrize("document_end", [None, 3])
+@pytest.mark.parametrize("length", [6, 7])
+def test_the_kernel_reads_what_the_mask_allows(
+    tiny, random_params, with_kernel, length, document_end
+):
+    """States and gradients, of even lengths and of odd ones, which are filled up."""
+    cfg = tiny(document_end=document_end)
+    params = random_params(cfg)
+    tokens = jnp.asarray([[5, 7, 3, 3, 1, 3, 2], [3, 2, 2, 3, 3, 8, 1]])[:, :length]
+    cotangent = jax.random.normal(jax.random.key(0), (2, length, 16))
+
+    def loss(params):
+        states = forward(params, tokens, cfg)
+        return jnp.sum(states * cotangent), states
+
+    found = []
+    for on in (True, False):
+        with_kernel(on)
+        found.append(jax.jit(jax.grad(loss, has_aux=True))(params))
+    chex.assert_trees_all_close(*found, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 4, 5])
+def test_the_kernel_reads_the_prompt_and_the_own_branch_only(
+    tiny, random_params, with_kernel, width
+):
+    """Three responses to prompts of one, two and four tokens, states and gradients."""
+    cfg = tiny()
+    params = random_params(cfg)
+    rng = np.random.default_rng(0)
+    prompts = jnp.asarray(rng.integers(0, 11, (3, 4)), jnp.int32)
+    answers = jnp.asarray(rng.integers(0, 11, (3, 3, width)), jnp.int32)
+    lengths = jnp.asarray(rng.integers(0, width + 1, (3, 3)), jnp.int32)
+    batch = prompts, jnp.asarray([1, 2, 4]), answers
+
+    def loss(params):
+        states = forward_responses(params, *batch, cfg)
+        last = last_response_states(params, *batch, lengths, cfg)
+        return jnp.sum(jnp.sin(states)) + jnp.sum(jnp.cos(last)), (states, last)
+
+    found = []
+    for on in (True, False):
+        with_kernel(on)
+        found.append(jax.jit(jax.grad(loss, has_aux=True))(params))
+    chex.assert_trees_all_close(*found, atol=2e-4, rtol=1e-4)
