@@ -49,7 +49,7 @@ def embedded() -> InstructGPT:
     return InstructGPT(
         run=Path("runs/instructgpt"),
         simulation=SimulationConfig(
-            num_demonstrations=120, num_ranking_prompts=12000, num_eval_prompts=900
+            num_demonstrations=120, num_ranking_prompts=12000, num_eval_prompts=600
         ),
         tokenizer=TokenizerConfig(vocab_size=768),
         pretrain=PretrainConfig(
@@ -99,8 +99,8 @@ def embedded() -> InstructGPT:
         ppo=ppo,
         ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),
         evaluate=EvaluateConfig(
-            num_prompts=900,
-            num_samples=2,
+            num_prompts=600,
+            num_samples=4,
             prompt_len=28,
             few_shot_len=68,
             num_few_shot=2,
