@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.training.mesh import jit_step, shard_batch, state_sharding
+from rlhf_jax.training.mesh import jit_step, replicas, shard_batch, state_sharding
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
@@ -24,7 +24,7 @@ def one_update(loss, params, batch, data=1, fsdp=1, num_microbatches=1):
     state = init_state(params, jax.random.key(0))
     sharding = state_sharding(mesh, state)
     state = jax.tree.map(jnp.copy, jax.device_put(state, sharding))
-    step = make_train_step(loss, optimizer, 10, num_microbatches)
+    step = make_train_step(loss, optimizer, 10, num_microbatches, mesh=replicas(mesh))
     compiled = jit_step(step, mesh, sharding)
     state, metrics = compiled(state, shard_batch(mesh, batch), optimizer.scalars())
     metrics.pop("nonfinite")

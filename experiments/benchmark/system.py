@@ -23,12 +23,13 @@ from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
 
 
-def _problem(cfg: TransformerConfig, B: int, T: int):
+def _problem(cfg: TransformerConfig, B: int, T: int, mesh=None):
     ids = np.random.default_rng(0).integers(0, cfg.vocab_size, (B, T + 1))
     ids = jnp.asarray(ids, jnp.int32)
     batch = TokenBatch(ids[:, :-1], ids[:, 1:], jnp.full((B, T), 1.0 / (B * T)))
     opt = OptimizerConfig(schedule="constant")
-    step = make_train_step(functools.partial(lm_loss, model=cfg), opt, 1000)
+    loss_fn = functools.partial(lm_loss, model=cfg)
+    step = make_train_step(loss_fn, opt, 1000, mesh=mesh)
     return batch, step, opt.scalars()
 
 
@@ -150,11 +151,12 @@ from rlhf_jax.training.host import keep_freed_memory
 keep_freed_memory()
 from experiments.benchmark.system import _problem, init_params, init_state
 from rlhf_jax.nn.config import TransformerConfig
-from rlhf_jax.training.mesh import MeshConfig, jit_step, shard_batch, state_sharding
+from rlhf_jax.training.mesh import (
+    MeshConfig, jit_step, replicas, shard_batch, state_sharding)
 cfg = TransformerConfig(num_layers=4, model_dim=256, num_heads=4, max_len=256,
                         vocab_size=8192)
-batch, step, scalars = _problem(cfg, 8, 256)
 mesh = MeshConfig().make()
+batch, step, scalars = _problem(cfg, 8, 256, replicas(mesh))
 key = jax.random.key(0)
 make = lambda key: init_state(init_params(key, cfg), key)
 sharding = state_sharding(mesh, jax.eval_shape(make, key))

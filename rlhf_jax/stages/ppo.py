@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.objectives.advantages import adaptive_kl_coef
@@ -45,6 +46,7 @@ def optimize(
     cfg: PPOConfig,
     model: TransformerConfig,
     reward_model: TransformerConfig,
+    mesh: Mesh | None = None,
 ) -> tuple[PPOState, Metrics]:
     """Epochs of minibatch steps on one rollout.
 
@@ -56,6 +58,7 @@ def optimize(
         experience: arrays [B, R].
         inputs: reads the pre-training rows.
         scalars, cfg, model, reward_model: constants.
+        mesh: see `accumulate_gradients`.
 
     Returns:
         The state with new parameters, optimizer states and average; means over the
@@ -85,7 +88,7 @@ def optimize(
         batch = (part, normalize_weights(part.mask))
         step_key = jax.random.fold_in(key, index)
         (_, extras), grads = accumulate_gradients(
-            loss_fn, params, batch, step_key, cfg.num_microbatches
+            loss_fn, params, batch, step_key, cfg.num_microbatches, mesh
         )
         logprobs = extras.pop("logprobs")
         values = extras.pop("values")
@@ -116,7 +119,7 @@ def optimize(
                 normalize_weights(inputs.ptx_mask[ptx_rows]),
             )
             (loss, _), ptx_grads = accumulate_gradients(
-                ptx_fn, params, ptx_batch, step_key, cfg.num_microbatches
+                ptx_fn, params, ptx_batch, step_key, cfg.num_microbatches, mesh
             )
             ptx_grads = jax.tree.map(lambda g: scalars.ptx_coef * g, ptx_grads)
             dot = optax.tree.vdot(grads["policy"], ptx_grads["policy"])
@@ -195,6 +198,7 @@ def ppo_update(
     reward_model: TransformerConfig,
     eos_id: int,
     pad_id: int,
+    mesh: Mesh | None = None,
 ) -> tuple[PPOState, Metrics]:
     """One iteration of PPO: rollout, scores, advantages, minibatch steps. Pure.
 
@@ -205,6 +209,7 @@ def ppo_update(
         scalars: floats, traced: a sweep over them does not recompile and may `vmap`.
         cfg, model, reward_model: shapes and control flow.
         eos_id, pad_id: token ids; they may be equal.
+        mesh: see `accumulate_gradients`.
 
     Returns:
         The next state and the metrics of the iteration (docs/metrics.md).
@@ -230,6 +235,7 @@ def ppo_update(
         cfg=cfg,
         model=model,
         reward_model=reward_model,
+        mesh=mesh,
     )
     kl_coef = state.kl_coef
     if cfg.kl_target is not None:

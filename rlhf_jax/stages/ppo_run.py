@@ -35,7 +35,7 @@ from rlhf_jax.stages.pretrain import (
 )
 from rlhf_jax.stages.scoring import Sampler, fitting, make_kl, reward_measure
 from rlhf_jax.training.loop import run_loop
-from rlhf_jax.training.mesh import jit_step, state_sharding
+from rlhf_jax.training.mesh import jit_step, replicas, state_sharding
 from rlhf_jax.training.run_dir import write_text
 
 
@@ -124,6 +124,7 @@ def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
         reward_model=reward.cfg,
         eos_id=reference.tokenizer.eos_id,
         pad_id=reference.tokenizer.pad_id,
+        mesh=replicas(ctx.mesh),
     )
     compiled = jit_step(update, ctx.mesh, sharding)
     grads_like = {"policy": state.params["policy"], "value": state.params["value"]}

@@ -24,6 +24,7 @@ from rlhf_jax.training.mesh import (
     jit_measure,
     jit_step,
     pad_rows,
+    replicas,
     shard_batch,
     state_sharding,
 )
@@ -211,6 +212,7 @@ def run(cfg: PretrainConfig, tokenizer_cfg: TokenizerConfig, ctx: Context) -> No
         cfg.optimizer,
         cfg.num_steps,
         cfg.num_microbatches,
+        mesh=None if model.dropout else replicas(ctx.mesh),
     )
     compiled = jit_step(step, ctx.mesh, sharding)
     state = run_loop(

@@ -32,7 +32,7 @@ from rlhf_jax.stages.rankings import (
 )
 from rlhf_jax.stages.scoring import response_scores
 from rlhf_jax.training.loop import LoopConfig, run_loop
-from rlhf_jax.training.mesh import jit_step, pad_rows, state_sharding
+from rlhf_jax.training.mesh import jit_step, pad_rows, replicas, state_sharding
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.run_dir import file_hash, write_text
 from rlhf_jax.training.state import init_state
@@ -179,6 +179,7 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         cfg.optimizer,
         num_steps,
         cfg.num_microbatches,
+        mesh=replicas(ctx.mesh),
     )
     compiled = jit_step(step_fn, ctx.mesh, sharding)
     scorer = RankingScorer(cfg, base, ctx)

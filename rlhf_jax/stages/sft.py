@@ -20,7 +20,7 @@ from rlhf_jax.stages.pretrain import corpus_batches, lm_loss, make_heldout_loss
 from rlhf_jax.stages.scoring import Sampler, fitting, reward_measure
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.training.loop import LoopConfig, run_loop, tracked
-from rlhf_jax.training.mesh import jit_step, pad_rows, state_sharding
+from rlhf_jax.training.mesh import jit_step, pad_rows, replicas, state_sharding
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.run_dir import RunDirError
 from rlhf_jax.training.state import init_state
@@ -152,6 +152,7 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
         cfg.optimizer,
         num_steps,
         cfg.num_microbatches,
+        mesh=None if model.dropout else replicas(ctx.mesh),
     )
     compiled = jit_step(step, ctx.mesh, sharding)
 

@@ -31,6 +31,11 @@ class MeshConfig:
         return jax.make_mesh(shape, ("data", "fsdp"), axis_types=auto)
 
 
+def replicas(mesh: Mesh) -> Mesh | None:
+    """The mesh, if it has several devices that hold all parameters each; else None."""
+    return mesh if mesh.size > 1 and mesh.shape["fsdp"] == 1 else None
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, jax.P())

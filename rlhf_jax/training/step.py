@@ -1,11 +1,13 @@
 """One train step for every stage: a loss and an optimizer composed into an update."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from rlhf_jax.training.optimizers import (
     OptimizerConfig,
@@ -21,7 +23,12 @@ LossFn = Callable[[Any, Any, Array], tuple[Array, Any]]
 
 
 def accumulate_gradients(
-    loss_fn: LossFn, params: Any, batch: Any, key: Array, num_microbatches: int = 1
+    loss_fn: LossFn,
+    params: Any,
+    batch: Any,
+    key: Array,
+    num_microbatches: int = 1,
+    mesh: Mesh | None = None,
 ) -> tuple[tuple[Array, Any], Any]:
     """Value, extras and gradient of a loss over a batch, one part at a time.
 
@@ -37,6 +44,9 @@ def accumulate_gradients(
         key: of dropout; part m uses `fold_in(key, m)`.
         num_microbatches: M; B must be divisible by it. Part m holds the rows m, m + M,
             ...: a batch that is sharded over devices stays on them.
+        mesh: of devices that hold all parameters each, see `replicas`: every device
+            adds up its own rows and the sums meet once, after all loops, where the rows
+            can be dealt evenly. The loss must not draw by `key`. None leaves it to XLA.
 
     Returns:
         ((loss, extras), gradient).
@@ -45,10 +55,13 @@ def accumulate_gradients(
         ValueError: when traced, if B is not divisible by M.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    if num_microbatches == 1:
-        return grad_fn(params, batch, jax.random.fold_in(key, 0))
     M = num_microbatches
     num_rows = jax.tree.leaves(batch)[0].shape[0]
+    if mesh is not None and num_rows % (mesh.size * M) == 0:
+        local = functools.partial(accumulate_gradients, loss_fn, num_microbatches=M)
+        return _on_each_device(local, params, batch, key, mesh)
+    if num_microbatches == 1:
+        return grad_fn(params, batch, jax.random.fold_in(key, 0))
     if num_rows % M:
         raise ValueError(
             f"a batch of {num_rows} rows cannot be cut into {M} microbatches; "
@@ -81,6 +94,39 @@ def accumulate_gradients(
     return (loss, jax.tree.map(whole, scalars, arrays, is_leaf=is_none)), grads
 
 
+def _on_each_device(local, params, batch, key, mesh):
+    """`local` on the rows of each device; scalars and gradients added up once."""
+    axes = mesh.axis_names
+
+    def on_device(params, batch, key):
+        (loss, extras), grads = local(params, batch, key)
+        scalars = jax.tree.map(lambda x: x if x.ndim == 0 else None, extras)
+        loss, scalars, grads = jax.lax.psum((loss, scalars, grads), axes)
+        extras = jax.tree.map(
+            lambda x, total: x if total is None else total,
+            extras,
+            scalars,
+            is_leaf=lambda x: x is None,
+        )
+        return (loss, extras), grads
+
+    rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            (x.shape[0] // mesh.size, *x.shape[1:]), x.dtype
+        ),
+        batch,
+    )
+    (_, extras), _ = jax.eval_shape(local, params, rows, key)
+    extra_specs = jax.tree.map(lambda x: jax.P(axes) if x.ndim else jax.P(), extras)
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(jax.P(), jax.P(axes), jax.P()),
+        out_specs=((jax.P(), extra_specs), jax.P()),
+        check_vma=False,
+    )(params, batch, key)
+
+
 def nonfinite_leaves(tree: Any) -> Array:
     """Which leaves hold a NaN or an infinity: bool, [number of leaves]."""
     return jnp.stack([~jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)])
@@ -98,6 +144,7 @@ def make_train_step(
     num_steps: int,
     num_microbatches: int = 1,
     axis_name: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Any, OptimizerScalars], tuple[TrainState, Metrics]]:
     """Composes a loss and AdamW into one pure update.
 
@@ -108,6 +155,7 @@ def make_train_step(
         num_microbatches: sequential parts of each batch.
         axis_name: mapped axis to sum over under `pmap`; None under `jit`, where the
             batch is global already.
+        mesh: see `accumulate_gradients`.
 
     Returns:
         `(state, batch, scalars) -> (state, metrics)`, not compiled here.
@@ -118,7 +166,7 @@ def make_train_step(
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         total = accumulate_gradients(
-            loss_fn, state.params, batch, key, num_microbatches
+            loss_fn, state.params, batch, key, num_microbatches, mesh
         )
         if axis_name is not None:
             total = jax.lax.psum(total, axis_name)

@@ -16,6 +16,7 @@ from rlhf_jax.training.mesh import (
     jit_step,
     pad_rows,
     pmap_step,
+    replicas,
     replicated,
     shard_batch,
     state_sharding,
@@ -51,7 +52,7 @@ def train(tiny, random_params):
         return init_state(random_params(model), jax.random.key(0))
 
     def on_mesh(mesh):
-        step = make_train_step(loss, CFG, 10)
+        step = make_train_step(loss, CFG, 10, mesh=replicas(mesh))
         sharding = state_sharding(mesh, jax.eval_shape(make))
         state = jax.device_put(make(), sharding)
         compiled = jit_step(step, mesh, sharding)
