@@ -45,6 +45,9 @@ class InstructGPT:
     embedded simulation."""
     seed: int = 0
     """Of everything random but the simulated world, which has `simulation.seed`."""
+    profile: bool = False
+    """Trace a few steps of every training stage into its directory `profile`, for
+    TensorBoard's profiler or (perfetto_trace.json.gz) https://ui.perfetto.dev."""
     files: FilesConfig = FilesConfig()
     """Which files of the data directory are what."""
     simulation: SimulationConfig = SimulationConfig()

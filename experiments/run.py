@@ -32,7 +32,9 @@ def make_context(cfg: InstructGPT) -> Context:
         mesh = cfg.mesh.make()
     except ValueError as error:
         raise DataError(f"mesh: {error}") from error
-    return Context(run=cfg.run, inputs=inputs, mesh=mesh, seed=cfg.seed)
+    return Context(
+        run=cfg.run, inputs=inputs, mesh=mesh, seed=cfg.seed, profile=cfg.profile
+    )
 
 
 def parse(module: str, description: str, argv: Sequence[str]) -> InstructGPT:

@@ -36,6 +36,7 @@ class Context:
     inputs: Inputs
     mesh: jax.sharding.Mesh
     seed: int
+    profile: bool = False
 
     def stage(self, name: str) -> StageDir:
         """Directory of a stage of this run."""

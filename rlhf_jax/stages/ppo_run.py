@@ -148,6 +148,7 @@ def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
         evaluate=make_evaluate(cfg, reference, reward, ctx, name),
         check=check,
         show=("objective/score", "objective/kl", "policy/entropy"),
+        profile=ctx.profile,
     )
     save_model(stage, dataclasses.replace(reference, params=state.ema))
     stage.finish(

@@ -226,6 +226,7 @@ def run(cfg: PretrainConfig, tokenizer_cfg: TokenizerConfig, ctx: Context) -> No
         grads_like=state.params,
         cfg=cfg.loop,
         evaluate=lambda state, _: {"heldout/loss": heldout_loss(state.params)},
+        profile=ctx.profile,
     )
     final = heldout_loss(state.params)
     save_model(

@@ -208,6 +208,7 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         cfg=cfg.loop,
         evaluate=evaluate,
         show=("loss", "accuracy"),
+        profile=ctx.profile,
     )
     params = state.params
     demonstrations = ctx.inputs.read("demonstrations", "train")

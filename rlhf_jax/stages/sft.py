@@ -175,6 +175,7 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
             checkpoint_every=cfg.checkpoint_every, eval_every=train.steps_per_epoch
         ),
         evaluate=evaluate,
+        profile=ctx.profile,
     )
     save_model(stage, dataclasses.replace(base, params=state.params))
     stage.finish(

@@ -37,6 +37,10 @@ class LoopConfig:
                 )
 
 
+PROFILED = 5  # steps in a trace
+SKIPPED_BY_TRACE = 3  # steps before it: the first compiles
+
+
 class Stopped(SystemExit):
     """Raised after a signal, when the state has been saved."""
 
@@ -55,6 +59,7 @@ def run_loop(
     evaluate: Callable[[Any, int], dict[str, float]] | None = None,
     check: Callable[[int, dict[str, float]], None] | None = None,
     show: tuple[str, ...] = ("loss",),
+    profile: bool = False,
 ) -> Any:
     """Runs a stage from its newest checkpoint to its last step.
 
@@ -73,6 +78,7 @@ def run_loop(
         check: called with the metrics of each step once they are on the host; raises
             to stop the run.
         show: metrics beside the progress bar.
+        profile: whether to trace `PROFILED` steps into `directory`/profile.
 
     Returns:
         The state after `num_steps` updates.
@@ -119,7 +125,7 @@ def run_loop(
         console=console,
         disable=jax.process_index() != 0 or not console.is_terminal,
     )
-    stop = _StopSignals()
+    stop, trace = _StopSignals(), _Trace(directory / "profile", first, profile)
     log = _PlainProgress(name, first, num_steps)
 
     def written(step: int, values: dict[str, float] | None) -> None:
@@ -147,8 +153,11 @@ def run_loop(
             if first == 0:
                 look(0, state)
             for step in range(first, num_steps):
-                batch = shard_batch(mesh, batches(step))
-                state, metrics = step_fn(state, batch)
+                trace.before(step)
+                with jax.profiler.StepTraceAnnotation(name, step_num=step):
+                    batch = shard_batch(mesh, batches(step))
+                    state, metrics = step_fn(state, batch)
+                trace.after(step, state)
                 written(step, writer.push(step + 1, metrics))
                 progress.update(task, completed=step + 1)
                 done = step + 1
@@ -164,6 +173,7 @@ def run_loop(
                         "saved; run the same command to go on"
                     )
     finally:
+        trace.close()
         checkpoints.close()
         writer.close()
     return state
@@ -204,6 +214,30 @@ class _PlainProgress:
             file=sys.stderr,
             flush=True,
         )
+
+
+class _Trace:
+    """A trace of some steps for TensorBoard's profiler or Perfetto, once compiled."""
+
+    def __init__(self, directory: Path, first: int, wanted: bool):
+        self._directory, self._open = directory, False
+        start = first + SKIPPED_BY_TRACE
+        self._steps = range(start, start + PROFILED) if wanted else range(0)
+
+    def before(self, step: int) -> None:
+        if self._steps and step == self._steps[0]:
+            jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
+            self._open = True
+
+    def after(self, step: int, state: Any) -> None:
+        if self._open and step == self._steps[-1]:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        if self._open:
+            jax.profiler.stop_trace()
+            self._open = False
 
 
 class _StopSignals:

@@ -1,6 +1,7 @@
 """A run is a function of its config: stopped anywhere, it goes on to the same state."""
 
 import functools
+import gzip
 import json
 import os
 import signal
@@ -11,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.training.loop import LoopConfig, Stopped, run_loop, tracked
+from rlhf_jax.training.loop import (
+    PROFILED,
+    SKIPPED_BY_TRACE,
+    LoopConfig,
+    Stopped,
+    run_loop,
+    tracked,
+)
 from rlhf_jax.training.mesh import MeshConfig, jit_step, state_sharding
 from rlhf_jax.training.metrics import NonFiniteError
 from rlhf_jax.training.optimizers import OptimizerConfig
@@ -101,6 +109,23 @@ def assert_same(state, other):
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(host(a), host(b)), *(state, other)
     )
+
+
+def test_a_trace_changes_nothing_and_can_be_opened(loop, uninterrupted, tmp_path):
+    state = loop(tmp_path, profile=True)
+    assert_same(state, uninterrupted[0])
+    assert metrics(tmp_path) == uninterrupted[1]
+    (trace,) = tmp_path.glob("profile/**/perfetto_trace.json.gz")
+    with gzip.open(trace) as file:
+        events = json.load(file)["traceEvents"]
+    named = [e for e in events if e.get("name") == "toy" and "dur" in e]
+    assert len(named) == PROFILED
+
+
+def test_a_run_that_fails_while_it_is_traced_can_be_traced_again(loop, tmp_path):
+    with pytest.raises(Crash):
+        loop(tmp_path, profile=True, batches=crash_at(SKIPPED_BY_TRACE + 1))
+    loop(tmp_path, profile=True)
 
 
 def crash_at(bad_step):
