@@ -39,12 +39,12 @@ _LM = "rlhf_jax/objectives/language_modeling.py"
 _TRANSFORMER = "rlhf_jax/nn/transformer.py"
 _ATTENTION = "rlhf_jax/nn/attention.py"
 _SAMPLING = "rlhf_jax/nn/sampling.py"
+_RESPONSES = "rlhf_jax/nn/responses.py"
 _HEADS = "rlhf_jax/nn/heads.py"
 _EXPERIENCE = "rlhf_jax/stages/experience.py"
 _PPO_LOSS = "rlhf_jax/stages/ppo_loss.py"
 _UPDATE = "rlhf_jax/stages/ppo.py"
 _REWARD = "rlhf_jax/stages/reward_model.py"
-_SCORING = "rlhf_jax/stages/scoring.py"
 _STEP = "rlhf_jax/training/step.py"
 _LOOP = "rlhf_jax/training/loop.py"
 _OPTIMIZERS = "rlhf_jax/training/optimizers.py"
@@ -282,14 +282,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a response reads the padding of its prompt",
-        _TRANSFORMER,
-        "valid = jnp.arange(stem)[None] < prompt_lengths[:, None] - 1",
-        "valid = jnp.arange(stem)[None] < stem + 0 * prompt_lengths[:, None]",
+        _RESPONSES,
+        "return jnp.arange(stem)[None] < prompt_lengths[:, None] - 1",
+        "return jnp.arange(stem)[None] < stem + 0 * prompt_lengths[:, None]",
         _T_TRANSFORMER,
     ),
     Mutation(
         "positions that go on after the padding of the prompt",
-        _TRANSFORMER,
+        _RESPONSES,
         "jnp.tile(prompt_lengths[:, None] - 1 + jnp.arange(R + 1)[None], (1, K))",
         "jnp.tile(stem + jnp.arange(R + 1)[None], (B, K))",
         _T_TRANSFORMER,
@@ -352,10 +352,31 @@ MUTATIONS = (
     ),
     Mutation(
         "score read before the last token",
-        _SCORING,
-        "last = jnp.take_along_axis(hidden, lengths[:, :, None, None], axis=2)",
-        "last = jnp.take_along_axis(hidden, lengths[:, :, None, None] - 1, axis=2)",
+        _RESPONSES,
+        "rows = stem + jnp.arange(K)[None] * (R + 1) + lengths",
+        "rows = stem + jnp.arange(K)[None] * (R + 1) + jnp.maximum(lengths - 1, 0)",
         f"stages/test_reward_model.py {_T_EXPERIENCE}",
+    ),
+    Mutation(
+        "the last token reads what stands after it",
+        _RESPONSES,
+        "read = jnp.arange(R + 1)[None, None] <= lengths[:, :, None]",
+        "read = jnp.arange(R + 1)[None, None] <= R + 0 * lengths[:, :, None]",
+        _T_TRANSFORMER,
+    ),
+    Mutation(
+        "every device keeps the gradient of its own rows",
+        _STEP,
+        "loss, scalars, grads = jax.lax.psum((loss, scalars, grads), axes)",
+        "loss, scalars = jax.lax.psum((loss, scalars), axes)",
+        "training/test_mesh.py",
+    ),
+    Mutation(
+        "logits without a gradient to the embedding",
+        _LM,
+        "return rows_grad, _product(grad.T, rows)",
+        "return rows_grad, jnp.zeros_like(embedding)",
+        "objectives/test_language_modeling.py",
     ),
     Mutation(
         "centring moves scores away from 0",

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmark import system, timing, training
+from experiments.benchmark import accelerator, scaling, system, timing, training
 from experiments.benchmark.__main__ import cases, draw, reached
 from experiments.benchmark.timing import Row, check_close, duel, duel_by_tokens
 from rlhf_jax.stages.pretrain import lm_loss
@@ -63,4 +63,27 @@ def test_the_figure_is_drawn_and_every_group_has_cases(tmp_path):
     rows = [Row("a", "", 2.0, 1.5, 2.5, "times as fast", 1.3)]
     draw(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
-    assert all(cases(1).values())
+    assert all(cases(1, tmp_path).values())
+
+
+def test_a_scaling_plot_has_every_axis(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "flops_per_second", lambda repeats, **shape: 1e9)
+    monkeypatch.setattr(scaling, "matmul_flops", lambda: 4e9)
+    rows = scaling.scaling(tmp_path, 1)
+    assert [row.case for row in rows] == [f"scaling/{axis}" for axis in scaling.AXES]
+    assert all(row.ratio == 1.0 for row in rows)
+    assert "0.25" in rows[0].note
+    assert (tmp_path / "scaling.png").stat().st_size > 0
+
+
+def test_floors_grow_with_what_is_read_and_computed():
+    """A step of a rollout takes the longer of its bytes and its FLOPs."""
+    cfg = training.model_config(1024)
+    slow = accelerator.rollout_floor(cfg, 8, 16, 8, rate=1e9, bandwidth=1e15)
+    assert slow == pytest.approx(
+        2 * (12 * 4 * 256**2 * 8 * (16 + 8) + 1024 * 256 * 8 * 8) / 1e9
+    )
+    read = accelerator.rollout_floor(cfg, 8, 16, 8, rate=1e18, bandwidth=1e9)
+    cache = 8 * (16 + 4) * 4 * 4 * 256
+    weights = 2 * (12 * 4 * 256**2 + 1024 * 256)
+    assert read == pytest.approx(8 * (cache + weights) / 1e9, rel=1e-3)

@@ -23,6 +23,7 @@ from experiments.benchmark import (
     generation,
     ppo,
     reward_model,
+    scaling,
     system,
     training,
 )
@@ -38,6 +39,7 @@ Group = Literal[
     "ppo",
     "sweep",
     "system",
+    "scaling",
     "accelerator",
 ]
 
@@ -49,7 +51,7 @@ class Benchmark:
     groups: Annotated[tuple[Group, ...], tyro.conf.Positional] = ()
     """Groups of cases; none means all, "accelerator" on an accelerator only."""
     out: Path = Path("runs/benchmark")
-    """Directory of benchmark.json and benchmark.png."""
+    """Directory of benchmark.json, benchmark.png and scaling.png."""
     repeats: int = 7
     """Repetitions of each duel, in turn."""
 
@@ -58,7 +60,7 @@ class Benchmark:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
 
 
-def cases(repeats: int) -> dict[Group, list[Callable[[], list[Row]]]]:
+def cases(repeats: int, out: Path) -> dict[Group, list[Callable[[], list[Row]]]]:
     """Group -> its measurements, not yet made; goals are for two CPU cores."""
     return {
         "train": [
@@ -88,6 +90,7 @@ def cases(repeats: int) -> dict[Group, list[Callable[[], list[Row]]]]:
             lambda: system.devices(2, repeats),
             lambda: system.devices(8, repeats),
         ],
+        "scaling": [lambda: scaling.scaling(out, repeats)],
         "accelerator": accelerator.measurements(repeats),
     }
 
@@ -132,7 +135,7 @@ def main() -> None:
     on_cpu = jax.default_backend() == "cpu"
     console, rows = Console(), []
     console.print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)")
-    for group, measurements in cases(cfg.repeats).items():
+    for group, measurements in cases(cfg.repeats, cfg.out).items():
         if cfg.groups and group not in cfg.groups:
             continue
         if not cfg.groups and on_cpu and group == "accelerator":
