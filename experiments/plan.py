@@ -3,8 +3,10 @@
 python -m experiments.plan gpt3-xl gpt3-6.7b gpt3-175b --devices 256
 
 Counted from the shapes (`rlhf_jax.training.costs`): work in petaflop/s-days, bytes each
-device must hold, and hours at the rates given. Links between devices are not counted,
-and nothing is said of what a rate will be there: give one you have measured.
+device must hold, and hours at the rates given. Each device decodes its own episodes
+and reads all weights at every token, as replicas and fsdp do. Links between devices,
+activations and copies in bfloat16 are not counted, and nothing is said of what a rate
+will be there: give one you have measured.
 """
 
 import dataclasses
@@ -62,19 +64,21 @@ def row(cfg: Plan, name: str) -> list[str]:
     phases = costs.ppo_iteration(
         policy,
         reward,
-        cfg.batch_size,
+        cfg.batch_size / cfg.devices,
         cfg.prompt_len,
         cfg.response_len,
         cfg.epochs,
-        cfg.batch_size * cfg.ptx_per_episode,
+        cfg.batch_size * cfg.ptx_per_episode / cfg.devices,
         cfg.ptx_len,
     )
     iterations = cfg.episodes / cfg.batch_size
-    days = {phase: iterations * work.flops / DAY for phase, work in phases.items()}
-    rates = cfg.devices * cfg.flops_per_second, cfg.devices * cfg.bytes_per_second
+    total = iterations * cfg.devices / DAY
+    days = {phase: total * work.flops for phase, work in phases.items()}
+    rates = cfg.flops_per_second, cfg.bytes_per_second
     hours = iterations * sum(w.seconds(*rates) for w in phases.values()) / 3600
     trained = sum(costs.training_bytes(m, cfg.devices) for m in (policy, reward))
-    frozen = sum(costs.frozen_bytes(m, cfg.devices) for m in (policy, reward))
+    models = (policy, policy, reward)  # the average of the policy, reference, reward
+    frozen = sum(costs.frozen_bytes(m, cfg.devices) for m in models)
     columns = cfg.prompt_len + cfg.response_len
     cache = costs.cache_bytes(policy, cfg.batch_size, columns) / cfg.devices
     held = [f"{x / 2**30:.1f}" for x in (trained, frozen, cache)]

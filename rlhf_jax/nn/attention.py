@@ -53,7 +53,7 @@ def fused_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> 
         mask: bool, [B, T, S], which key each query reads; None means causal, T = S.
 
     Returns:
-        [B, T, N, H]. A query without any key reads the mean of all values.
+        [B, T, N, H]; garbage where a query has no key.
     """
     T, S = q.shape[1], k.shape[1]
     odd, heads = ((0, T % 2), (0, S % 2)), ((0, 0), (0, 0))  # gradients want even sizes

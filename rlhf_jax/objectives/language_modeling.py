@@ -124,7 +124,7 @@ def token_loss(
     xs = jax.tree.map(cut, (fixed_hidden, targets, per_token))
     (loss, embedding_grad), (outs, hidden_grad) = jax.lax.scan(step, start, xs)
     # zero, with the gradient just computed
-    loss += jnp.vdot(embedding_grad, embedding - fixed_embedding)
+    loss += jnp.sum(embedding_grad * (embedding - fixed_embedding))
     loss += jnp.sum((join(hidden_grad) * (hidden - fixed_hidden)).astype(jnp.float32))
     return loss, jax.tree.map(join, outs)
 
@@ -139,7 +139,7 @@ def _head(hidden, embedding, targets, contract):
 @jax.custom_vjp
 def _logits(rows: Array, embedding: Array) -> Array:
     """float32 logits [n, V] of [n, D]; their gradient meets the factors in the dtype of
-    `rows`, since float32 beside bfloat16 would be multiplied as float32."""
+    `rows`, since float32 beside bfloat16 is multiplied as float32. No jvp."""
     return _product(rows, embedding.T.astype(rows.dtype))
 
 

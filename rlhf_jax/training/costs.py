@@ -82,14 +82,15 @@ def shared_prompt(
     return work + Work(-rest - unread)
 
 
-def rollout(cfg: TransformerConfig, batch: int, prompt: int, length: int) -> Work:
+def rollout(cfg: TransformerConfig, batch: float, prompt: int, length: int) -> Work:
     """Sampling [B, R] after [B, P]: the prompt once, then R steps.
 
-    Each step reads the weights, and the keys and values [B, S, 2 L D] so far.
+    Each step reads the weights, and keys and values [B, P - 1 + R, 2 L D] behind their
+    mask: the cache has its full width from the start.
     """
     size = BYTES[cfg.dtype]
     weights = size * (block_params(cfg) + cfg.vocab_size * cfg.model_dim)
-    keys = prompt + length / 2
+    keys = prompt - 1 + length
     cache = size * batch * keys * 2 * cfg.num_layers * cfg.model_dim
     step = forward(cfg, batch, keys, batch) + Work(0.0, weights + cache)
     return forward(cfg, batch * (prompt - 1), prompt - 1) + length * step
@@ -98,14 +99,14 @@ def rollout(cfg: TransformerConfig, batch: int, prompt: int, length: int) -> Wor
 def ppo_iteration(
     policy: TransformerConfig,
     reward: TransformerConfig,
-    batch: int,
+    batch: float,
     prompt: int,
     length: int,
     epochs: int,
-    ptx_rows: int = 0,
+    ptx_rows: float = 0,
     ptx_len: int = 0,
 ) -> dict[str, Work]:
-    """Phases of one iteration on [B, P] prompts and [B, R] responses.
+    """Phases of one iteration on [B, P] prompts and [B, R] responses, on one device.
 
     Args:
         policy, reward: shapes; the value model has the reward model's.

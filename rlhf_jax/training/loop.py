@@ -125,7 +125,8 @@ def run_loop(
         console=console,
         disable=jax.process_index() != 0 or not console.is_terminal,
     )
-    stop, trace = _StopSignals(), _Trace(directory / "profile", first, profile)
+    stop = _StopSignals()
+    trace = _Trace(directory / "profile", first, num_steps, profile)
     log = _PlainProgress(name, first, num_steps)
 
     def written(step: int, values: dict[str, float] | None) -> None:
@@ -173,9 +174,9 @@ def run_loop(
                         "saved; run the same command to go on"
                     )
     finally:
-        trace.close()
         checkpoints.close()
         writer.close()
+        trace.close()
     return state
 
 
@@ -219,9 +220,9 @@ class _PlainProgress:
 class _Trace:
     """A trace of some steps for TensorBoard's profiler or Perfetto, once compiled."""
 
-    def __init__(self, directory: Path, first: int, wanted: bool):
+    def __init__(self, directory: Path, first: int, num_steps: int, wanted: bool):
         self._directory, self._open = directory, False
-        start = first + SKIPPED_BY_TRACE
+        start = first + min(SKIPPED_BY_TRACE, max(0, num_steps - first - PROFILED))
         self._steps = range(start, start + PROFILED) if wanted else range(0)
 
     def before(self, step: int) -> None:
@@ -236,8 +237,8 @@ class _Trace:
 
     def close(self) -> None:
         if self._open:
-            jax.profiler.stop_trace()
             self._open = False
+            jax.profiler.stop_trace()
 
 
 class _StopSignals:

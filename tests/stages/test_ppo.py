@@ -9,12 +9,13 @@ import numpy as np
 import oracle
 import ppo_case as case
 import pytest
+from meshes import some_devices
 
 from rlhf_jax.nn.transformer import forward
 from rlhf_jax.stages.common import Model
 from rlhf_jax.stages.ppo_run import make_state
 from rlhf_jax.stages.ppo_state import PPOConfig
-from rlhf_jax.training.mesh import MeshConfig, replicated, shard_batch
+from rlhf_jax.training.mesh import MeshConfig, replicas, replicated, shard_batch
 
 B, R = case.B, case.R
 CFG = case.CONFIG
@@ -486,6 +487,28 @@ def test_eight_devices_do_what_one_does_and_frozen_models_stay(whole):
     )
     case.assert_trees_equal(jax.device_get(frozen), before)
     case.assert_trees_equal(jax.device_get(reference.params), before.reference)
+
+
+def test_replicas_add_up_what_one_device_does(whole):
+    """Two devices with all parameters each, in microbatches; rows come back in order:
+    the diagnostics of each token and `first_ratio_error` are made of them."""
+    run, _ = whole
+    cfg = dataclasses.replace(WHOLE, num_microbatches=2)
+    expected, history = run(iterations=2)
+    mesh = some_devices(2, 1)
+    update = functools.partial(case.update(cfg), mesh=replicas(mesh))
+    step = case.compiled(update)
+    state = case.fresh_state(cfg, 0)
+    for i in range(2):
+        inputs = shard_batch(mesh, case.make_inputs(cfg, i))
+        state, metrics = step(state, inputs, case.frozen(), cfg.scalars())
+    assert float(metrics["policy/first_ratio_error"]) < 1e-3
+    case.assert_trees_close(
+        jax.device_get(state.params), jax.device_get(expected.params), 1e-3, 1e-4
+    )
+    case.assert_trees_close(
+        jax.device_get(metrics), jax.device_get(history[-1]), 1e-2, 1e-3
+    )
 
 
 # ------------------------------------------------------------------- the config

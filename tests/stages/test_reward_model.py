@@ -170,7 +170,11 @@ def test_an_update_knows_neither_devices_nor_microbatches(params):
 
     loss = functools.partial(reward_loss, model=MODEL)
     expected = one_update(loss, params, batch)
-    for other in ({"data": 4, "fsdp": 2}, {"num_microbatches": 4}):
+    for other in (
+        {"data": 4, "fsdp": 2},
+        {"num_microbatches": 4},
+        {"data": 2, "num_microbatches": 2},
+    ):
         case.assert_trees_close(
             one_update(loss, params, batch, **other), expected, rtol=1e-4, atol=1e-5
         )

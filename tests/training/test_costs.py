@@ -99,10 +99,13 @@ def test_a_decoding_step_reads_weights_and_cache(params):
     mask = jax.ShapeDtypeStruct((B, S), jnp.bool_)
     counted = flops_of(step, params, cache, ids(B), ids(B), mask)
     one_layer = dataclasses.replace(CFG, num_layers=1)
-    ours = costs.rollout(one_layer, B, S - 2, 4)  # mean context S over four steps
-    prompt = costs.rollout(one_layer, B, S - 2, 0)
-    assert (ours.flops - prompt.flops) / 4 == pytest.approx(counted, rel=0.05)
-    whole = costs.rollout(CFG, B, S - 2, 4)
+    P, R = S - 3, 4  # `generate` makes a cache of P - 1 + R columns
+    widths = jax.eval_shape(lambda p, x: prefill(p, x, CFG, R), params, ids(B, P))
+    assert [x.shape for x in widths] == [x.shape for x in cache]
+    ours, prompt = (costs.rollout(one_layer, B, P, n) for n in (R, 0))
+    prompt = costs.forward(one_layer, B * (P - 1), P - 1)
+    assert (ours.flops - prompt.flops) / R == pytest.approx(counted, rel=0.05)
+    whole = costs.rollout(CFG, B, P, R)
     weights = 4 * (costs.block_params(CFG) + 640 * 128)
     held = sum(x.size * 4 for x in cache)
     assert whole.bytes / 4 == pytest.approx(weights + held)
@@ -120,8 +123,8 @@ def test_a_longer_iteration_costs_in_proportion():
 
 
 def test_the_papers_pretraining_is_what_it_says():
-    """GPT-3 of 175B on 300B tokens took 3 640 petaflop/s-days (InstructGPT, table 12
-    of GPT-3: 6 FLOPs a parameter and token, attention's products left out)."""
+    """GPT-3 of 175B on 300B tokens took 3 640 petaflop/s-days, at 6 FLOPs a parameter
+    and token, attention's products left out (InstructGPT section 4.1)."""
     cfg = PUBLISHED_SIZES["gpt3-175b"]
     days = 6 * costs.block_params(cfg) * 300e9 / (1e15 * 86400)
     assert days == pytest.approx(3640, rel=0.01)
