@@ -49,7 +49,10 @@ def embedded() -> InstructGPT:
     return InstructGPT(
         run=Path("runs/instructgpt"),
         simulation=SimulationConfig(
-            num_demonstrations=120, num_ranking_prompts=12000, num_eval_prompts=600
+            num_demonstrations=120,
+            num_ranking_prompts=12000,
+            num_ppo_prompts=8000,
+            num_eval_prompts=600,
         ),
         tokenizer=TokenizerConfig(vocab_size=768),
         pretrain=PretrainConfig(
@@ -90,7 +93,8 @@ def embedded() -> InstructGPT:
             batch_size=200,
         ),
         reward_model=RewardModelConfig(
-            batch_size=4,
+            num_epochs=2,
+            batch_size=8,
             prompt_len=28,
             response_len=24,
             optimizer=_adamw(6e-4, warmup_steps=10, b2=0.98),
@@ -100,7 +104,7 @@ def embedded() -> InstructGPT:
         ppo_ptx=dataclasses.replace(ppo, ptx_coef=1.0, ptx_per_episode=1),
         evaluate=EvaluateConfig(
             num_prompts=600,
-            num_samples=4,
+            num_samples=2,
             prompt_len=28,
             few_shot_len=68,
             num_few_shot=2,
