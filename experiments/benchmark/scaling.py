@@ -106,8 +106,8 @@ def draw(shares: dict[str, list[float]], path: Path) -> None:
         panel.set_xticks(values, labels=map(str, values))
         panel.minorticks_off()
         panel.set_xlabel(axis)
-        panel.set_ylim(bottom=0)
         panel.grid(axis="y", alpha=0.3)
+    panels[0].set_ylim(0, 1.1 * max(map(max, shares.values())))  # of all panels
     panels[0].set_ylabel("FLOP/s of a train step,\nshare of a matrix product's")
     figure.suptitle("One axis grows, the others stay at the dotted values")
     figure.tight_layout()

@@ -111,6 +111,29 @@ def test_states_decide_their_target_under_the_contract(mode, example, contract):
         assert actual == pytest.approx(expected, abs=2e-5)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_gradients_are_those_of_the_cross_entropy_of_optax(example, dtype, error):
+    """By hidden states and by embedding, in bfloat16 up to its rounding (2^-9)."""
+    hidden, embedding, targets = example
+    weights = np.random.default_rng(1).uniform(size=(B, T)).astype(np.float32)
+
+    def ours(hidden, embedding):
+        hidden = hidden.astype(dtype)
+        logprobs, _ = token_logprobs(hidden, embedding, targets, identity)
+        return -jnp.sum(weights * logprobs)
+
+    def theirs(hidden, embedding):
+        logits = jnp.einsum("btd,vd->btv", hidden, embedding, precision="highest")
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return jnp.sum(weights * nll)
+
+    rounded = [jnp.asarray(x, dtype).astype(jnp.float32) for x in (hidden, embedding)]
+    actual, expected = (jax.grad(f, argnums=(0, 1))(*rounded) for f in (ours, theirs))
+    for a, e in zip(actual, expected, strict=True):
+        assert float(jnp.linalg.norm(e)) > 0.1
+        assert float(jnp.linalg.norm(a - e) / jnp.linalg.norm(e)) < error
+
+
 @pytest.mark.parametrize("max_logits", [1, 2 * V, 3 * B * V, 4 * B * V, B * T * V - 1])
 def test_chunks_change_neither_values_nor_gradients(monkeypatch, example, max_logits):
     """From one position a chunk to all but one; 7 positions divide by none of them."""
