@@ -9,7 +9,7 @@ import numpy as np
 import ppo_case as case
 import pytest
 
-from rlhf_jax.nn import transformer
+from rlhf_jax.nn import responses
 from rlhf_jax.stages import experience, ppo
 from rlhf_jax.stages.invariants import InvariantError, check_invariants, warn_of_trouble
 
@@ -126,9 +126,9 @@ def test_a_shifted_mask_is_noticed():
 
 
 def test_dropout_left_on_in_the_update_is_noticed(monkeypatch):
-    forward = transformer.transformer
+    forward = responses.transformer
 
-    def with_dropout(params, tokens, positions, attend, cfg, key=None):
+    def with_dropout(params, tokens, positions, attend, cfg):
         leaky = dataclasses.replace(cfg, dropout=0.1)
         return forward(params, tokens, positions, attend, leaky, jax.random.key(1))
 
@@ -136,7 +136,7 @@ def test_dropout_left_on_in_the_update_is_noticed(monkeypatch):
     state = case.fresh_state()
     made, _ = case.experience_fn(CFG)(state, case.frozen(), *arguments)
     leaky = case.compiled(functools.partial(ppo.optimize, cfg=CFG, **case.SHAPES))
-    monkeypatch.setattr(transformer, "transformer", with_dropout)
+    monkeypatch.setattr(responses, "transformer", with_dropout)
     leaky(state, made, arguments[0], arguments[2])  # traced with dropout
     monkeypatch.undo()
     faulty = observed(state, case.frozen(), *arguments, optimize=leaky)
