@@ -11,7 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmark.peers import hf_gpt2, import_torch
+from experiments.benchmark.peers import (
+    hf_generate,
+    hf_gpt2,
+    hf_update,
+    import_torch,
+)
 from experiments.benchmark.ppo import Workload, against_trl, our_iteration
 from experiments.benchmark.timing import (
     Row,
@@ -27,6 +32,7 @@ from rlhf_jax.nn.config import PUBLISHED_SIZES, TransformerConfig
 from rlhf_jax.nn.sampling import Sampling, generate
 from rlhf_jax.nn.transformer import init_params
 from rlhf_jax.stages.pretrain import lm_loss
+from rlhf_jax.training import costs
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
@@ -85,17 +91,7 @@ def train(
         return metrics["loss"]
 
     def theirs():
-        for _ in range(4):
-            with torch.autocast(model.device.type, torch.bfloat16):
-                logits = model(ids[:, :-1], use_cache=False).logits.float()
-                loss = torch.nn.functional.cross_entropy(
-                    logits.reshape(-1, V), ids[:, 1:].reshape(-1)
-                )
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        return [hf_update(model, optimizer, ids, bfloat16=True) for _ in range(4)][-1]
 
     check_close(case, float(ours()), theirs(), rtol=5e-3)  # after four updates
     against = "transformers, autocast, sdpa, fused AdamW"
@@ -129,18 +125,7 @@ def decode(
         return sample(*batch).responses
 
     def theirs():
-        with torch.no_grad():
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                use_cache=True,
-                pad_token_id=0,
-                min_new_tokens=R,
-                max_new_tokens=R,
-                do_sample=True,
-                top_k=0,
-            )
-        return out.cpu()
+        return hf_generate(model, ids, R, do_sample=True, top_k=0)
 
     row = duel(case, ours, "transformers generate, bfloat16", theirs, repeats)
     rate, bandwidth = limits()
@@ -157,7 +142,7 @@ def rollout_floor(
     """Seconds: prefill at the matrix rate, then each step the larger of its bytes at
     the bandwidth (bfloat16 weights, keys and values) and its FLOPs at the rate."""
     layers, dim = cfg.num_layers, cfg.model_dim
-    n, head = 12 * layers * dim**2, cfg.vocab_size * dim
+    n, head = costs.block_params(cfg), cfg.vocab_size * dim
     cache = B * (P + R / 2) * 4 * layers * dim
     step = max((2 * (n + head) + cache) / bandwidth, 2 * (n + head) * B / rate)
     return 2 * n * B * P / rate + R * step
@@ -170,7 +155,7 @@ def ppo(work: Workload, goal: float, repeats: int) -> list[Row]:
     times = [seconds(ours) for _ in range(max(2, repeats))]
     rate, bandwidth = limits()
     cfg, B, P, R = work.model, work.episodes, work.prompt_len, work.response_len
-    n, head = 12 * cfg.num_layers * cfg.model_dim**2, cfg.vocab_size * cfg.model_dim
+    n, head = costs.block_params(cfg), cfg.vocab_size * cfg.model_dim
     rollout = rollout_floor(cfg, B, P, R, rate, bandwidth)
     # reference, reward and value read P + R tokens; old log-probabilities come from the
     # rollout; an update is three forwards of policy and value

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmark.peers import hf_gpt2, import_torch
+from experiments.benchmark.peers import hf_generate, hf_gpt2, import_torch
 from experiments.benchmark.timing import Row, duel, duel_by_tokens
 from experiments.benchmark.training import model_config
 from rlhf_jax.nn.refill import generate_refilled
@@ -45,29 +45,16 @@ def fixed(
 
         return jax.jit(sample)
 
-    def their_tokens(**options):
-        with torch.no_grad():
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                use_cache=True,
-                pad_token_id=0,
-                min_new_tokens=R,
-                max_new_tokens=R,
-                **options,
-            )
-        return out[:, P:].cpu().numpy()
-
     greedy = sampler(Sampling(response_len=R, top_k=1))
-    same = np.asarray(greedy(params, jax.random.key(0))) == their_tokens(
-        do_sample=False
+    same = np.asarray(greedy(params, jax.random.key(0))) == hf_generate(
+        model, ids, R, do_sample=False
     )
     case = f"generate/B{batch_size}"
     if same[:, :16].mean() < 0.99:  # later tokens may part at a tie
         raise SystemExit(f"error: {case}: the greedy tokens differ; not the same work")
     sample, key = sampler(Sampling(response_len=R)), jax.random.key(1)
     ours = lambda: sample(params, key)  # noqa: E731
-    theirs = lambda: their_tokens(do_sample=True, top_k=0)  # noqa: E731
+    theirs = lambda: hf_generate(model, ids, R, do_sample=True, top_k=0)  # noqa: E731
     note = f"greedy tokens equal: {100 * same.mean():.1f} %"
     against = "transformers generate with cache"
     return [duel(case, ours, against, theirs, repeats, goal, note)]

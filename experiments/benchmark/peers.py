@@ -23,6 +23,37 @@ def import_torch() -> tuple[Any, Any]:
     return torch, transformers
 
 
+def hf_generate(model: Any, ids: Any, length: int, **options: Any) -> Any:
+    """Exactly `length` new tokens [B, R] after ids [B, P], with a cache."""
+    torch, _ = import_torch()
+    with torch.no_grad():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            use_cache=True,
+            pad_token_id=0,
+            min_new_tokens=length,
+            max_new_tokens=length,
+            **options,
+        )
+    return out[:, ids.shape[1] :].cpu().numpy()
+
+
+def hf_update(model: Any, optimizer: Any, ids: Any, bfloat16: bool = False) -> float:
+    """Loss of ids [B, T + 1] before one update with gradients clipped to norm 1."""
+    torch, _ = import_torch()
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
+        logits = model(ids[:, :-1], use_cache=False).logits.float()
+        loss = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1)
+        )
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
 def hf_gpt2(params: Any, cfg: TransformerConfig) -> Any:
     """A float32 GPT-2 with our weights, sdpa attention, no dropout, on our device.
 

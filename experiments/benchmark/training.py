@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmark.peers import hf_gpt2, import_torch
+from experiments.benchmark.peers import hf_gpt2, hf_update, import_torch
 from experiments.benchmark.timing import (
     Row,
     check_close,
@@ -71,15 +71,7 @@ def train(vocab_size: int, goal: float, repeats: int) -> list[Row]:
         return metrics["loss"]
 
     def theirs():
-        logits = model(ids[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits.reshape(-1, vocab_size), ids[:, 1:].reshape(-1)
-        )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        return hf_update(model, optimizer, ids)
 
     case = f"train/V{vocab_size}"
     check_close(case, float(ours()), theirs())

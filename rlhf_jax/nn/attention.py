@@ -22,7 +22,7 @@ def full_precision(dtype: jax.typing.DTypeLike) -> contextlib.AbstractContextMan
 
     Their default rounds the factors first: an error of 3e-4 instead of 8e-7 in a
     product of 2048 on an H100. bfloat16 is left alone: a float32 result of it would be
-    multiplied as float32, ten times slower there.
+    multiplied as float32.
 
     Args:
         dtype: of the factors, [..., D] and [D, ...].

@@ -102,7 +102,7 @@ def test_a_decoding_step_reads_weights_and_cache(params):
     P, R = S - 3, 4  # `generate` makes a cache of P - 1 + R columns
     widths = jax.eval_shape(lambda p, x: prefill(p, x, CFG, R), params, ids(B, P))
     assert [x.shape for x in widths] == [x.shape for x in cache]
-    ours, prompt = (costs.rollout(one_layer, B, P, n) for n in (R, 0))
+    ours = costs.rollout(one_layer, B, P, R)
     prompt = costs.forward(one_layer, B * (P - 1), P - 1)
     assert (ours.flops - prompt.flops) / R == pytest.approx(counted, rel=0.05)
     whole = costs.rollout(CFG, B, P, R)
