@@ -36,6 +36,7 @@ EVERYTHING = (
     *("--ppo.kl-target", "1.0", "--ppo.kl-horizon", "100"),
     *("--ppo.whiten-rewards", "--ppo.num-iterations", "4"),
     *("--ppo.missing-eos-score", "-1.0"),
+    *("--reward-model.batch-size", "2"),  # eight steps, four checkpoints
 )
 FILES = (
     "collect/rankings_train.jsonl",
