@@ -3,13 +3,15 @@
 python -m experiments.benchmark                 # all groups
 python -m experiments.benchmark train generate  # some
 
-The other sides come with `pip install -e ".[bench]"`. Each row is the ratio of two
-times measured in turn: median, smallest and largest of the repetitions.
+The other sides come with `pip install -e ".[bench]"`, tunix with `".[tunix]"`. Each row
+is the ratio of two times measured in turn: median, smallest and largest of the
+repetitions.
 """
 
 import dataclasses
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +24,7 @@ from experiments.benchmark import (
     accelerator,
     generation,
     ppo,
+    ppo_tunix,
     reward_model,
     scaling,
     system,
@@ -37,6 +40,7 @@ Group = Literal[
     "generate",
     "reward_model",
     "ppo",
+    "tunix",
     "sweep",
     "system",
     "scaling",
@@ -49,7 +53,8 @@ class Benchmark:
     """What to measure."""
 
     groups: Annotated[tuple[Group, ...], tyro.conf.Positional] = ()
-    """Groups of cases; none means all, "accelerator" on an accelerator only."""
+    """Groups of cases; none means all, "accelerator" on an accelerator only, "tunix"
+    where it is installed."""
     out: Path = Path("runs/benchmark")
     """Directory of benchmark.json, benchmark.png and scaling.png."""
     repeats: int = 7
@@ -83,6 +88,7 @@ def cases(repeats: int, out: Path) -> dict[Group, list[Callable[[], list[Row]]]]
             lambda: ppo.iteration(8192, 1.8, repeats),
             lambda: ppo.iteration(50257, 2.7, repeats),
         ],
+        "tunix": [lambda: ppo_tunix.iteration(repeats)],
         "sweep": [lambda: system.sweep(repeats)],
         "system": [
             lambda: system.compile_depth(repeats),
@@ -139,6 +145,8 @@ def main() -> None:
         if cfg.groups and group not in cfg.groups:
             continue
         if not cfg.groups and on_cpu and group == "accelerator":
+            continue
+        if not cfg.groups and group == "tunix" and find_spec("tunix") is None:
             continue
         for measure in measurements:
             for row in measure():
