@@ -177,9 +177,7 @@ def logit_chunks(
 def _chunks(shape: tuple[int, ...], vocab_size: int):
     """Cut of [B, T, ...] into [chunks, B, width, ...] along time, and its inverse."""
     B, T = shape
-    num_chunks, width = logit_chunks(
-        shape, vocab_size, jax.default_backend() != "cpu"
-    )
+    num_chunks, width = logit_chunks(shape, vocab_size, jax.default_backend() != "cpu")
 
     def cut(x):
         room = [(0, 0)] * x.ndim

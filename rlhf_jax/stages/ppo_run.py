@@ -36,6 +36,7 @@ from rlhf_jax.stages.pretrain import (
 )
 from rlhf_jax.stages.scoring import Sampler, fitting, make_kl, reward_measure
 from rlhf_jax.training import memory
+from rlhf_jax.training.activations import on_accelerator
 from rlhf_jax.training.loop import run_loop
 from rlhf_jax.training.mesh import jit_step, replicas, state_sharding
 from rlhf_jax.training.room import require_room
@@ -118,7 +119,7 @@ def predict_memory(
         cfg.num_slots,
         cfg.value == "shared",
         mesh.shape["fsdp"],
-        memory.on_accelerator(),
+        on_accelerator(),
     )
 
 
@@ -167,7 +168,8 @@ def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
     state = run_loop(
         name=name,
         directory=stage.path,
-        step_fn=lambda state, inputs: compiled(state, inputs, frozen, scalars),
+        step_fn=compiled,
+        rest=(frozen, scalars),
         state=state,
         batches=inputs,
         num_steps=cfg.num_iterations,

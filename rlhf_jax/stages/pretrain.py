@@ -20,6 +20,7 @@ from rlhf_jax.objectives.language_modeling import next_token_head, token_logprob
 from rlhf_jax.objectives.masking import masked_sum
 from rlhf_jax.stages.common import Context, Model, init_model, save_model
 from rlhf_jax.training import memory
+from rlhf_jax.training.activations import on_accelerator, text_row
 from rlhf_jax.training.loop import LoopConfig, run_loop
 from rlhf_jax.training.mesh import (
     jit_measure,
@@ -197,7 +198,7 @@ def run(cfg: PretrainConfig, tokenizer_cfg: TokenizerConfig, ctx: Context) -> No
     model = model_of_run(cfg, tokenizer.vocab_size, tokenizer.eos_id)
     predicted = memory.train_step(
         model,
-        memory.text_row(cfg.seq_len, memory.on_accelerator()),
+        text_row(cfg.seq_len, on_accelerator()),
         cfg.batch_size / ctx.mesh.size,
         cfg.num_microbatches,
         ctx.mesh.shape["fsdp"],
@@ -228,7 +229,8 @@ def run(cfg: PretrainConfig, tokenizer_cfg: TokenizerConfig, ctx: Context) -> No
     state = run_loop(
         name="pretrain",
         directory=stage.path,
-        step_fn=lambda state, batch: compiled(state, batch, scalars),
+        step_fn=compiled,
+        rest=(scalars,),
         state=state,
         batches=batches,
         num_steps=cfg.num_steps,

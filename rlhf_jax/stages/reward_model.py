@@ -32,6 +32,7 @@ from rlhf_jax.stages.rankings import (
 )
 from rlhf_jax.stages.scoring import response_scores
 from rlhf_jax.training import memory
+from rlhf_jax.training.activations import on_accelerator, response_row
 from rlhf_jax.training.loop import LoopConfig, run_loop
 from rlhf_jax.training.mesh import jit_step, pad_rows, replicas, state_sharding
 from rlhf_jax.training.optimizers import OptimizerConfig
@@ -141,11 +142,11 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
     if stage.done:
         return
     base = load_model(parents[cfg.init_from], ctx.mesh, "language_model")
-    row = memory.response_row(
+    row = response_row(
         cfg.prompt_len,
         cfg.num_responses,
         cfg.response_len,
-        memory.on_accelerator(),
+        on_accelerator(),
         last_only=True,
     )
     predicted = memory.train_step(
@@ -217,7 +218,8 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
     state = run_loop(
         name="reward_model",
         directory=stage.path,
-        step_fn=lambda state, batch: compiled(state, batch, scalars),
+        step_fn=compiled,
+        rest=(scalars,),
         state=state,
         batches=lambda step: pad_rows(weighted(step), multiple),
         num_steps=num_steps,

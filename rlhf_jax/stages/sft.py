@@ -19,6 +19,7 @@ from rlhf_jax.stages.common import (
 from rlhf_jax.stages.pretrain import corpus_batches, lm_loss, make_heldout_loss
 from rlhf_jax.stages.scoring import Sampler, fitting, reward_measure
 from rlhf_jax.training import memory
+from rlhf_jax.training.activations import on_accelerator, text_row
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.training.loop import LoopConfig, run_loop, tracked
 from rlhf_jax.training.mesh import jit_step, pad_rows, replicas, state_sharding
@@ -116,7 +117,7 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
     model = dataclasses.replace(base.cfg, dropout=cfg.dropout)
     predicted = memory.train_step(
         model,
-        memory.text_row(cfg.seq_len, memory.on_accelerator()),
+        text_row(cfg.seq_len, on_accelerator()),
         (cfg.batch_size + cfg.num_pretrain_rows) / ctx.mesh.size,
         cfg.num_microbatches,
         ctx.mesh.shape["fsdp"],
@@ -175,7 +176,8 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
     state = run_loop(
         name=name,
         directory=stage.path,
-        step_fn=lambda state, batch: compiled(state, batch, scalars),
+        step_fn=compiled,
+        rest=(scalars,),
         state=state,
         batches=lambda step: pad_rows(batches(step), multiple),
         num_steps=num_steps,

@@ -1,68 +1,32 @@
-"""What a stage will hold on each device, from its shapes, before it is compiled.
+"""What a step will hold on each device, from its shapes, before it is compiled.
 
-What a step is given (parameters, moments, frozen models) is exact. What it holds
-meanwhile is counted from the code: what autodiff keeps of each block, the logits of one
-chunk, the gradients. The compiler decides what is alive at a time; the larger of two
-moments is taken: the head at work on the last states, or one block's backward pass.
+What it is given (parameters, moments, frozen models) is exact. What it holds meanwhile
+depends on what the compiler lets live at a time; the larger of two moments is taken:
+the head at work on the last states, or one block's backward pass.
 
-XLA on CPU gave temporaries within 10 % of this for the shapes of
-tests/training/test_memory.py (PPO: 15 %); accelerators have not been compared.
+XLA on CPU (JAX 0.10) allocated within 10 % of this for all shapes tried on one device
+or replicas, see tests/training/test_memory.py. With fsdp it agreed for layers written
+out; in a loop over layers it held 2.7 times the prediction, because it kept whole
+batches of attention on every device. Accelerators have not been compared.
 """
 
 import dataclasses
 
-import jax
-
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.transformer import unrolled
-from rlhf_jax.objectives.language_modeling import logit_chunks
+from rlhf_jax.training.activations import (
+    Row,
+    activation_size,
+    gathered_bytes,
+    kept_bytes,
+    least_bytes,
+    logits_bytes,
+    response_row,
+    score_bytes,
+    text_row,
+    working_bytes,
+)
 from rlhf_jax.training.costs import BYTES, block_params, cache_bytes, frozen_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What is computed of one row of a batch, and where.
-
-    Attributes:
-        tokens: positions, T.
-        pairs: of a query and a key, T S, for each head.
-        logits: positions with next-token logits.
-        last_only: whether the last block is computed for the read positions only.
-        accelerator: whether on a GPU or TPU.
-    """
-
-    tokens: int
-    pairs: int
-    logits: int
-    last_only: bool
-    accelerator: bool
-
-
-def on_accelerator() -> bool:
-    """Whether this process computes on a GPU or TPU."""
-    return jax.default_backend() != "cpu"
-
-
-def text_row(length: int, accelerator: bool) -> Row:
-    """A row of text [T] with the next-token loss on it."""
-    return Row(length, length**2, length, False, accelerator)
-
-
-def response_row(
-    prompt: int,
-    responses: int,
-    length: int,
-    accelerator: bool,
-    logits: int = 0,
-    last_only: bool = False,
-) -> Row:
-    """K responses [K, R] to one prompt [P], see `forward_responses`.
-
-    P - 1 + K (R + 1) tokens, (P - 1)^2 + K (R + 1) (P + R) pairs
-    """
-    stem, own = prompt - 1, responses * (length + 1)
-    pairs = stem**2 + own * (prompt + length)
-    return Row(stem + own, pairs, logits, last_only, accelerator)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,76 +70,6 @@ class Memory:
         return self.arguments + self.temporaries
 
 
-def _scores(model: TransformerConfig, row: Row, arrays: float) -> float:
-    """Arrays [N, T, S], half in float32; cuDNN attends to bfloat16 without any."""
-    fused = row.accelerator and model.dtype == "bfloat16" and model.head_dim <= 128
-    size = 0 if fused else (4 + BYTES[model.dtype]) / 2
-    return arrays * size * model.num_heads * row.pairs
-
-
-def _one_block(model: TransformerConfig, row: Row, looped: bool) -> float:
-    """What one block of a row keeps without remat, see `kept_bytes`."""
-    D, F = model.model_dim, model.mlp_dim
-    mlp, scores = (6, 2) if looped else (3, 3)
-    per_token = 6 * 4 * D + BYTES[model.dtype] * (6 * D + mlp * F)
-    if model.dropout:
-        per_token += 2 * D if looped else 4 * 4 * D
-    return row.tokens * per_token + _scores(model, row, scores)
-
-
-def kept_bytes(model: TransformerConfig, row: Row) -> float:
-    """What the blocks of one row [T, D] keep until its backward pass.
-
-    A loop over layers stacks all that autodiff asks for, [L, ...]. Of each block, per
-    token: 3 arrays [D] of both norms in float32; in `dtype` 6 [D] (q, k, v, attention's
-    output, the inputs of two products) and 6 [F] (factors of gelu's derivative and the
-    MLP's hidden units); per pair of positions and head, exponentials and weights.
-    Of layers written out (`unrolled`) XLA keeps 3 [F] and 3 of pairs, and computes the
-    rest again where it is read. Dropout keeps two masks [D]; written out, also their
-    random bits. With remat: one residual stream [D] a layer, unless layers are written
-    out on CPU, where XLA merges what was to be computed again.
-    """
-    looped = not unrolled(model)
-    if model.remat and (looped or row.accelerator):
-        stream = row.tokens * model.model_dim * BYTES[model.dtype]
-        return model.num_layers * stream
-    layers = model.num_layers - (row.last_only and not looped)
-    return layers * _one_block(model, row, looped)
-
-
-def working_bytes(model: TransformerConfig, row: Row) -> float:
-    """Of one block of a row in the backward pass, beside what is kept.
-
-    In a loop, whose stacked arrays stay, gradients of 4 [T, D], 2 [T, F] and 2 of
-    pairs, and with remat 1 [T, F] more. Layers written out free what they kept as its
-    gradients come: 1 [T, F].
-    """
-    D, F = model.model_dim, model.mlp_dim
-    size = row.tokens * BYTES[model.dtype]
-    if unrolled(model):
-        return size * F
-    return size * (4 * D + (2 + model.remat) * F) + _scores(model, row, 2)
-
-
-def logits_bytes(model: TransformerConfig, rows: float, row: Row) -> float:
-    """One float32 buffer of the head's chunk, [rows, width, V]."""
-    if not row.logits:
-        return 0.0
-    shape = (max(1, round(rows)), row.logits)
-    _, width = logit_chunks(shape, model.vocab_size, row.accelerator)
-    return 4.0 * shape[0] * width * model.vocab_size
-
-
-def least_bytes(model: TransformerConfig, row: Row) -> float:
-    """What any compiler keeps of one row: the factors of each block's products.
-
-    10 [T, D] in `dtype`: input, q, k, v, attention's output, the MLP's input, its
-    hidden units [F]; with remat 1. Scores [T, S] need not exist.
-    """
-    layers, arrays = model.num_layers - row.last_only, 1 if model.remat else 10
-    return layers * arrays * row.tokens * model.model_dim * BYTES[model.dtype]
-
-
 def _backward(
     parts: list[tuple[TransformerConfig, Row]], rows: float, fsdp: int, sets: int
 ) -> Memory:
@@ -183,15 +77,18 @@ def _backward(
 
     Args:
         parts: models trained together, and what they compute of each row.
-        rows: [rows, T] at a time on one device.
+        rows: [rows, T] at a time on one device, 1 at least.
         fsdp: devices that share the parameters.
         sets: of arrays of the parameters' size that are held while the logits are;
             while gradients are formed, 2 at least.
     """
+    rows = max(rows, 1.0)  # no device computes less
     one_set = sum(frozen_bytes(model, fsdp) for model, _ in parts)
     kept = rows * sum(kept_bytes(*part) for part in parts)
+    if fsdp > 1:  # parameters gathered for their products
+        kept += sum(gathered_bytes(model) for model, _ in parts)
     for model, _ in parts:  # weights in the dtype of the products, for both passes
-        if model.dtype != "float32":
+        if model.dtype != "float32" and not model.remat:
             kept += block_params(model) * BYTES[model.dtype]
     working = rows * max(working_bytes(*part) for part in parts)
     logits = max(logits_bytes(model, rows, row) for model, row in parts)
@@ -238,8 +135,11 @@ def ppo_iteration(
     """The fullest phase of a PPO iteration: rollout, scores, update or ptx.
 
     Rollout: keys and values [L, B, N, P - 1 + R, H], those of the prompt twice while
-    they are laid out, and 3 arrays [B, V]. Scores: forward passes of policy, reference,
-    value and reward model side by side, of each 4 [T, D], 1 [T, F] and 2 of pairs.
+    they are laid out, and 3 arrays [B, V]. Scores: a forward pass of policy, reference,
+    value and reward model holds 6 [T, D], 1 [T, F] and the scores of attention, those
+    of the response twice; written out, all four advance together. Then 2 chunks of
+    logits of policy and reference each. Ptx: beside the pass of PPO, on which it does
+    not wait.
 
     Args:
         policy, reward: shapes; a value model of its own has the reward model's.
@@ -259,23 +159,28 @@ def ppo_iteration(
     sets = 2 if microbatches == 1 else 3
     phases = [_backward([(policy, spoken), *own_value], rows / parts, fsdp, sets)]
     ptx_rows, ptx_len = ptx
-    if ptx_rows:  # beside the gradients of PPO
+    if ptx_rows:
         text = text_row(ptx_len, accelerator)
-        phases.append(_backward([(policy, text)], ptx_rows / parts, fsdp, sets + 1))
+        step = _backward([(policy, text)], ptx_rows / parts, fsdp, 1)
+        both = (getattr(phases[0], name) + getattr(step, name) for name in _PARTS)
+        phases.append(Memory(**dict(zip(_PARTS, both, strict=True)), least=step.least))
 
     decoded = rows if slots is None else slots
     cache = decoded * cache_bytes(policy, 1, 2 * (prompt - 1) + length)
     sampled = 3 * 4 * decoded * policy.vocab_size
     phases.append(Memory(cache=cache, logits=sampled, least=cache / 2))
 
+    pairs = valued.pairs + (length + 1) * (prompt + length)
+    seen = dataclasses.replace(valued, pairs=pairs)
     models = [policy, policy, reward, *(model for model, _ in own_value)]
-    working = 0.0
-    for model in models:
-        inner = 4 * model.model_dim + model.mlp_dim
-        working += valued.tokens * BYTES[model.dtype] * inner
-        working += _scores(model, valued, 2)
-    logits = logits_bytes(policy, rows, spoken)
-    phases.append(Memory(activations=rows * working, logits=logits))
+    forwards = [
+        seen.tokens * activation_size(m, seen) * (6 * m.model_dim + m.mlp_dim)
+        + score_bytes(m, seen, 1)
+        for m in models
+    ]
+    together = sum if unrolled(policy) else max
+    phases.append(Memory(activations=rows * together(forwards)))
+    phases.append(Memory(logits=4 * logits_bytes(policy, rows, spoken)))
 
     of_policy, of_reward = (frozen_bytes(model, fsdp) for model in (policy, reward))
     trained = of_policy + (0.0 if shared_value else of_reward)
@@ -285,6 +190,9 @@ def ppo_iteration(
         frozen=of_policy + of_reward,
     )
     return _with_arguments(given, phases)
+
+
+_PARTS = ("gradients", "activations", "logits")
 
 
 def _with_arguments(given: Memory, phases: list[Memory]) -> Memory:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+from typing import Any
 
 import jax
 
@@ -95,3 +96,16 @@ def advice(
     if model.dtype == "float32":
         steps.append("set pretrain.model.dtype to bfloat16 (a new run)")
     return steps
+
+
+def tell_allocated(name: str, step_fn: Any, *args: Any) -> None:
+    """Prints what XLA allocates on each device for a jitted step of given arguments."""
+    found = step_fn.lower(*args).compile().memory_analysis()
+    if found is None or jax.process_index():
+        return
+    given, held = found.argument_size_in_bytes, found.temp_size_in_bytes
+    print(
+        f"{name}: compiled: {(given + held) / GIB:.2f} GiB per device (arguments "
+        f"{given / GIB:.2f}, temporaries {held / GIB:.2f})",
+        file=sys.stderr,
+    )
