@@ -164,7 +164,7 @@ _logits.defvjp(_logits_forward, _logits_backward)
 
 
 def logit_chunks(
-    shape: tuple[int, int], vocab_size: int, accelerator: bool
+    shape: tuple[int, ...], vocab_size: int, accelerator: bool
 ) -> tuple[int, int]:
     """How many chunks the logits [B, T, V] are cut into along T, and their width."""
     B, T = shape

@@ -17,7 +17,7 @@ class MemoryLimitError(ValueError):
     """A step cannot fit its devices; the message names what to change."""
 
 
-def device_limit(device: jax.Device) -> int | None:
+def device_limit(device: Any) -> int | None:
     """Bytes a device may use, on CPU its share of the machine's; None if unknown."""
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
@@ -32,8 +32,10 @@ def describe(name: str, memory: Memory, limit: int | None) -> str:
     """One line: `name: 0.42 GiB per device (parameters 0.05, ...) of 23 GiB`."""
     parts = dataclasses.asdict(memory)
     del parts["least"]
-    shown = ", ".join(f"{part} {x / GIB:.2f}" for part, x in parts.items() if x > 0)
-    line = f"{name}: {memory.total / GIB:.2f} GiB per device ({shown})"
+    shown = ((part, f"{x / GIB:.2f}") for part, x in parts.items())
+    text = ", ".join(f"{part} {x}" for part, x in shown if x != "0.00")
+    line = f"{name}: {memory.total / GIB:.2f} GiB per device"
+    line += f" ({text})" if text else ""
     if limit is None:
         return line
     doubt = "; it may not fit" if memory.total > limit else ""
