@@ -4,9 +4,13 @@ python -m experiments.plan gpt3-xl gpt3-6.7b gpt3-175b --devices 256
 
 Counted from the shapes (`rlhf_jax.training.costs`): work in petaflop/s-days, bytes each
 device must hold, and hours at the rates given. Each device decodes its own episodes
-and reads all weights at every token, as replicas and fsdp do. Links between devices,
-activations and copies in bfloat16 are not counted, and nothing is said of what a rate
-will be there: give one you have measured.
+and reads all weights at every token, as replicas and fsdp do. Blocks are computed again
+in the backward pass (`remat`). Links between devices are not counted, and nothing is
+said of what a rate will be there: give one you have measured.
+
+trained: parameters, moments, gradients. frozen: reference, average, reward model.
+cache: while sampling. activations, logits: of a microbatch, of PPO or of text. peak:
+all that is held at the fullest moment (`rlhf_jax.training.memory`).
 """
 
 import dataclasses
@@ -15,7 +19,8 @@ from typing import Annotated, Literal
 import tyro
 
 from rlhf_jax.nn.config import PUBLISHED_SIZES
-from rlhf_jax.training import costs
+from rlhf_jax.training import costs, memory
+from rlhf_jax.training.activations import logits_bytes, text_row
 
 DAY = 1e15 * 86400  # FLOPs of a petaflop/s-day
 Name = Literal[tuple(PUBLISHED_SIZES)]  # type: ignore[valid-type]
@@ -41,6 +46,10 @@ class Plan:
     """Tokens of a prompt, P (not published as a mean; at most 1024)."""
     response_len: int = 256
     """Tokens of a response, R (not published as a mean; at most 1024)."""
+    num_minibatches: int = 8
+    """Optimizer steps per epoch (IG: 8)."""
+    num_microbatches: int = 1
+    """Sequential parts of each minibatch, to save memory."""
     epochs: int = 1
     """Passes over the episodes of an iteration (IG: 1)."""
     ptx_per_episode: int = 8
@@ -54,11 +63,38 @@ class Plan:
     bytes_per_second: float = 1.0e12
     """Of one device while it decodes (an H100 at 124M: 1.0e12)."""
 
+    def check(self) -> None:
+        """Raises ValueError, naming the field, for what no run could do."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and value <= 0:
+                raise ValueError(f"{field.name} must be above 0, got {value}")
+        parts = self.num_minibatches * self.num_microbatches
+        for name, divisor in (("devices", self.devices), ("num_minibatches", parts)):
+            if self.batch_size % divisor:
+                raise ValueError(
+                    f"batch_size {self.batch_size} is not divisible by {divisor} "
+                    f"({name}{'' if name == 'devices' else ' x num_microbatches'})"
+                )
+        if self.episodes < self.batch_size:
+            raise ValueError(
+                f"episodes {self.episodes} are fewer than batch_size {self.batch_size}"
+            )
+        row = self.prompt_len + self.response_len
+        lengths = {"prompt_len + response_len": row, "ptx_len": self.ptx_len}
+        for name in (*self.policies, self.reward_model):
+            max_len = PUBLISHED_SIZES[name].max_len
+            for field, length in lengths.items():
+                if length > max_len and (field != "ptx_len" or name in self.policies):
+                    raise ValueError(
+                        f"{field} is {length} tokens, more than the {max_len} of {name}"
+                    )
+
 
 def row(cfg: Plan, name: str) -> list[str]:
     """One policy: its cells in the order of the table's columns."""
     policy, reward = (
-        dataclasses.replace(PUBLISHED_SIZES[n], dtype="bfloat16")
+        dataclasses.replace(PUBLISHED_SIZES[n], dtype="bfloat16", remat=True)
         for n in (name, cfg.reward_model)
     )
     phases = costs.ppo_iteration(
@@ -81,17 +117,42 @@ def row(cfg: Plan, name: str) -> list[str]:
     frozen = sum(costs.frozen_bytes(m, cfg.devices) for m in models)
     columns = cfg.prompt_len + cfg.response_len
     cache = costs.cache_bytes(policy, cfg.batch_size, columns) / cfg.devices
-    held = [f"{x / 2**30:.1f}" for x in (trained, frozen, cache)]
+    episodes, text = (
+        cfg.batch_size * n / cfg.devices for n in (1, cfg.ptx_per_episode)
+    )
+    peak = memory.ppo_iteration(
+        policy,
+        reward,
+        episodes,
+        cfg.prompt_len,
+        cfg.response_len,
+        cfg.num_minibatches,
+        cfg.num_microbatches,
+        (text, cfg.ptx_len),
+        fsdp=cfg.devices,
+        accelerator=True,
+    )
+    rows = text / (cfg.num_minibatches * cfg.num_microbatches)
+    logits = 2 * logits_bytes(policy, rows, text_row(cfg.ptx_len, True))
+    parts = (trained, frozen, cache, peak.activations, logits, peak.total)
+    held = [f"{x / 2**30:.1f}" for x in parts]
     work = [f"{days[phase]:.2f}" for phase in ("rollout", "scores", "update", "ptx")]
     return [name, *held, *work, f"{sum(days.values()):.2f}", f"{hours:.1f}"]
 
 
 def main() -> None:
     cfg = tyro.cli(Plan, description=__doc__)
-    names = "policy trained frozen cache rollout scores update ptx all hours".split()
+    try:
+        cfg.check()
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    names = "policy trained frozen cache activations logits peak"
+    names += " rollout scores update ptx all hours"
     print(f"{cfg.devices} devices: GiB held by each, petaflop/s-days in all, hours\n")
-    for cells in (names, *(row(cfg, name) for name in cfg.policies)):
-        print(f"{cells[0]:12}" + "".join(f"{cell:>9}" for cell in cells[1:]))
+    for cells in (names.split(), *(row(cfg, name) for name in cfg.policies)):
+        widths = (max(9, len(title) + 2) for title in names.split()[1:])
+        padded = (f"{x:>{w}}" for x, w in zip(cells[1:], widths, strict=True))
+        print(f"{cells[0]:12}" + "".join(padded))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from rlhf_jax.stages.invariants import InvariantError
 from rlhf_jax.training.checkpoint import CheckpointError
 from rlhf_jax.training.host import all_processes_agree, keep_freed_memory
 from rlhf_jax.training.metrics import NonFiniteError
+from rlhf_jax.training.room import MemoryLimitError
 from rlhf_jax.training.run_dir import RunDirError, lock_run
 
 
@@ -118,6 +119,7 @@ def main(
         DataError,
         RunDirError,
         CheckpointError,
+        MemoryLimitError,
         NonFiniteError,
         InvariantError,
     ) as error:

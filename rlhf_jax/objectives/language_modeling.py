@@ -163,13 +163,21 @@ def _logits_backward(kept, grad):
 _logits.defvjp(_logits_forward, _logits_backward)
 
 
+def logit_chunks(
+    shape: tuple[int, ...], vocab_size: int, accelerator: bool
+) -> tuple[int, int]:
+    """How many chunks the logits [B, T, V] are cut into along T, and their width."""
+    B, T = shape
+    at_once = MAX_LOGITS_ACCELERATOR if accelerator else MAX_LOGITS
+    num_chunks = -(-B * T * vocab_size // at_once)
+    width = -(-T // min(max(num_chunks, 1), T))
+    return -(-T // width), width
+
+
 def _chunks(shape: tuple[int, ...], vocab_size: int):
     """Cut of [B, T, ...] into [chunks, B, width, ...] along time, and its inverse."""
     B, T = shape
-    at_once = MAX_LOGITS if jax.default_backend() == "cpu" else MAX_LOGITS_ACCELERATOR
-    num_chunks = -(-B * T * vocab_size // at_once)
-    width = -(-T // min(max(num_chunks, 1), T))
-    num_chunks = -(-T // width)
+    num_chunks, width = logit_chunks(shape, vocab_size, jax.default_backend() != "cpu")
 
     def cut(x):
         room = [(0, 0)] * x.ndim

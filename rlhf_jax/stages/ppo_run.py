@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data.batches import TokenBatch, prompt_batches
+from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.heads import init_scalar_head
 from rlhf_jax.stages.common import (
     Context,
@@ -34,8 +35,11 @@ from rlhf_jax.stages.pretrain import (
     make_heldout_loss,
 )
 from rlhf_jax.stages.scoring import Sampler, fitting, make_kl, reward_measure
+from rlhf_jax.training import memory
+from rlhf_jax.training.activations import on_accelerator
 from rlhf_jax.training.loop import run_loop
 from rlhf_jax.training.mesh import jit_step, replicas, state_sharding
+from rlhf_jax.training.room import require_room
 from rlhf_jax.training.run_dir import write_text
 
 
@@ -96,6 +100,29 @@ def make_state(
     return jax.jit(make, out_shardings=sharding)(reference.params, value), sharding
 
 
+def predict_memory(
+    cfg: PPOConfig,
+    policy: TransformerConfig,
+    reward: TransformerConfig,
+    mesh: jax.sharding.Mesh,
+) -> memory.Memory:
+    """Bytes on each device of the mesh at the fullest moment of an iteration."""
+    return memory.ppo_iteration(
+        policy,
+        reward,
+        cfg.batch_size / mesh.size,
+        cfg.prompt_len,
+        cfg.sampling.response_len,
+        cfg.num_minibatches,
+        cfg.num_microbatches,
+        (cfg.num_ptx_rows / mesh.size, cfg.ptx_len),
+        cfg.num_slots,
+        cfg.value == "shared",
+        mesh.shape["fsdp"],
+        on_accelerator(),
+    )
+
+
 def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
     """Optimises RUN/sft_rl against RUN/reward_model into RUN/`name`.
 
@@ -113,6 +140,9 @@ def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
     reference = load_model(parents["sft_rl"], ctx.mesh, "language_model")
     reward = load_model(parents["reward_model"], ctx.mesh, "reward_model")
     check_compatible("sft_rl", reference, "reward_model", reward)
+    predicted = predict_memory(cfg, reference.cfg, reward.cfg, ctx.mesh)
+    lengths = (f"{name}.prompt_len", f"{name}.sampling.response_len")
+    require_room(name, predicted, reference.cfg, lengths, ctx.mesh)
 
     state, sharding = make_state(cfg, reference, reward, ctx.key(name), ctx.mesh)
     frozen = Frozen(reference=reference.params, reward_model=reward.params)
@@ -138,7 +168,8 @@ def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
     state = run_loop(
         name=name,
         directory=stage.path,
-        step_fn=lambda state, inputs: compiled(state, inputs, frozen, scalars),
+        step_fn=compiled,
+        rest=(frozen, scalars),
         state=state,
         batches=inputs,
         num_steps=cfg.num_iterations,

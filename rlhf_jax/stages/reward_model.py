@@ -31,9 +31,12 @@ from rlhf_jax.stages.rankings import (
     score_demonstrations,
 )
 from rlhf_jax.stages.scoring import response_scores
+from rlhf_jax.training import memory
+from rlhf_jax.training.activations import on_accelerator, response_row
 from rlhf_jax.training.loop import LoopConfig, run_loop
 from rlhf_jax.training.mesh import jit_step, pad_rows, replicas, state_sharding
 from rlhf_jax.training.optimizers import OptimizerConfig
+from rlhf_jax.training.room import require_room
 from rlhf_jax.training.run_dir import file_hash, write_text
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
@@ -139,6 +142,22 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
     if stage.done:
         return
     base = load_model(parents[cfg.init_from], ctx.mesh, "language_model")
+    row = response_row(
+        cfg.prompt_len,
+        cfg.num_responses,
+        cfg.response_len,
+        on_accelerator(),
+        last_only=True,
+    )
+    predicted = memory.train_step(
+        base.cfg,
+        row,
+        cfg.batch_size / ctx.mesh.size,
+        cfg.num_microbatches,
+        ctx.mesh.shape["fsdp"],
+    )
+    lengths = ("reward_model.prompt_len", "reward_model.response_len")
+    require_room("reward_model", predicted, base.cfg, lengths, ctx.mesh)
     train = list(itertools.chain(*read_rankings(ctx, "train").values()))
     valid = list(itertools.chain(*read_rankings(ctx, "valid").values()))
     batches = ranking_batches(
@@ -199,7 +218,8 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
     state = run_loop(
         name="reward_model",
         directory=stage.path,
-        step_fn=lambda state, batch: compiled(state, batch, scalars),
+        step_fn=compiled,
+        rest=(scalars,),
         state=state,
         batches=lambda step: pad_rows(weighted(step), multiple),
         num_steps=num_steps,

@@ -16,6 +16,7 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.mesh import shard_batch
 from rlhf_jax.training.metrics import MetricsWriter
+from rlhf_jax.training.room import tell_allocated
 
 ItemT = TypeVar("ItemT")
 
@@ -49,7 +50,7 @@ def run_loop(
     *,
     name: str,
     directory: Path,
-    step_fn: Callable[[Any, Any], tuple[Any, Any]],
+    step_fn: Callable[..., tuple[Any, Any]],
     state: Any,
     batches: Callable[[int], Any],
     num_steps: int,
@@ -60,13 +61,15 @@ def run_loop(
     check: Callable[[int, dict[str, float]], None] | None = None,
     show: tuple[str, ...] = ("loss",),
     profile: bool = False,
+    rest: tuple[Any, ...] = (),
 ) -> Any:
     """Runs a stage from its newest checkpoint to its last step.
 
     Args:
         name: shown at the progress bar.
         directory: of the stage.
-        step_fn: compiled `(state, batch) -> (state, metrics)`; donates the state.
+        step_fn: of `jit_step`: `(state, batch, *rest) -> (state, metrics)`; donates the
+            state.
         state: before step 0, on its devices; its `step` leaf counts updates.
         batches: step -> this process's rows as NumPy arrays, pure.
         num_steps: updates in all.
@@ -78,7 +81,9 @@ def run_loop(
         check: called with the metrics of each step once they are on the host; raises
             to stop the run.
         show: metrics beside the progress bar.
-        profile: whether to trace `PROFILED` steps into `directory`/profile.
+        profile: whether to trace `PROFILED` steps into `directory`/profile, and to tell
+            what XLA allocates for a step.
+        rest: further arguments of each step.
 
     Returns:
         The state after `num_steps` updates.
@@ -157,7 +162,9 @@ def run_loop(
                 trace.before(step)
                 with jax.profiler.StepTraceAnnotation(name, step_num=step):
                     batch = shard_batch(mesh, batches(step))
-                    state, metrics = step_fn(state, batch)
+                    if profile and step == first:
+                        tell_allocated(name, step_fn, state, batch, *rest)
+                    state, metrics = step_fn(state, batch, *rest)
                 trace.after(step, state)
                 written(step, writer.push(step + 1, metrics))
                 progress.update(task, completed=step + 1)

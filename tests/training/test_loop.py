@@ -73,7 +73,8 @@ def loop():
         arguments = {
             "name": "toy",
             "directory": directory,
-            "step_fn": lambda state, batch: step(state, batch, CFG.scalars()),
+            "step_fn": step,
+            "rest": (CFG.scalars(),),
             "state": state,
             "batches": make_batch,
             "num_steps": N,
@@ -111,8 +112,11 @@ def assert_same(state, other):
     )
 
 
-def test_a_trace_changes_nothing_and_can_be_opened(loop, uninterrupted, tmp_path):
+def test_a_trace_changes_nothing_and_can_be_opened(
+    loop, uninterrupted, tmp_path, capsys
+):
     state = loop(tmp_path, profile=True)
+    assert capsys.readouterr().err.count("toy: compiled: ") == 1
     assert_same(state, uninterrupted[0])
     assert metrics(tmp_path) == uninterrupted[1]
     (trace,) = tmp_path.glob("profile/**/perfetto_trace.json.gz")

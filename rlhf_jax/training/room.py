@@ -1,0 +1,113 @@
+"""Tells what a stage will hold on each device, or refuses it before it is compiled."""
+
+import dataclasses
+import os
+import sys
+from typing import Any
+
+import jax
+
+from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.training.memory import Memory
+
+GIB = 2**30
+
+
+class MemoryLimitError(ValueError):
+    """A step cannot fit its devices; the message names what to change."""
+
+
+def device_limit(device: Any) -> int | None:
+    """Bytes a device may use, on CPU its share of the machine's; None if unknown."""
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    try:
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    return whole // jax.local_device_count()
+
+
+def describe(name: str, memory: Memory, limit: int | None) -> str:
+    """One line: `name: 0.42 GiB per device (parameters 0.05, ...) of 23 GiB`."""
+    parts = dataclasses.asdict(memory)
+    del parts["least"]
+    shown = ((part, f"{x / GIB:.2f}") for part, x in parts.items())
+    text = ", ".join(f"{part} {x}" for part, x in shown if x != "0.00")
+    line = f"{name}: {memory.total / GIB:.2f} GiB per device"
+    line += f" ({text})" if text else ""
+    if limit is None:
+        return line
+    doubt = "; it may not fit" if memory.total > limit else ""
+    return f"{line} of {limit / GIB:.3g} GiB{doubt}"
+
+
+def require_room(
+    name: str,
+    memory: Memory,
+    model: TransformerConfig,
+    lengths: tuple[str, ...],
+    mesh: jax.sharding.Mesh,
+) -> None:
+    """Prints `describe` once, or raises.
+
+    Only `Memory.least` refuses: a prediction that is too high locks nobody out.
+
+    Args:
+        name: of the stage, as in the config.
+        memory: of its step.
+        model: shape of the model that is trained.
+        lengths: fields that set T of its rows [B, T].
+        mesh: of the run.
+
+    Raises:
+        MemoryLimitError: with fields to change, the most useful first.
+    """
+    limit = device_limit(mesh.local_devices[0])
+    line = describe(name, memory, limit)
+    if limit is None or memory.least <= limit:
+        if jax.process_index() == 0:
+            print(line, file=sys.stderr)
+        return
+    raise MemoryLimitError(
+        f"{line}: at least {memory.least / GIB:.2f} GiB is needed. What helps, the "
+        f"most useful first: {'; '.join(advice(name, memory, model, lengths, limit))}"
+    )
+
+
+def advice(
+    name: str,
+    memory: Memory,
+    model: TransformerConfig,
+    lengths: tuple[str, ...],
+    limit: int,
+) -> list[str]:
+    """What to change of a stage's config, for the arguments see `require_room`."""
+    if memory.arguments > limit:  # no batch is small enough
+        smaller = ("num_layers", "model_dim")
+        return [
+            "raise mesh.fsdp (more devices)",
+            *(f"lower pretrain.model.{field}" for field in smaller),
+        ]
+    steps = [f"raise {name}.num_microbatches"]
+    if not model.remat:
+        steps.append("set pretrain.model.remat (a new run)")
+    steps.append("raise mesh.fsdp (more devices)")
+    steps += [f"shorten {field}" for field in lengths]
+    steps.append(f"lower {name}.batch_size")
+    if model.dtype == "float32":
+        steps.append("set pretrain.model.dtype to bfloat16 (a new run)")
+    return steps
+
+
+def tell_allocated(name: str, step_fn: Any, *args: Any) -> None:
+    """Prints what XLA allocates on each device for a jitted step of given arguments."""
+    found = step_fn.lower(*args).compile().memory_analysis()
+    if found is None or jax.process_index():
+        return
+    given, held = found.argument_size_in_bytes, found.temp_size_in_bytes
+    print(
+        f"{name}: compiled: {(given + held) / GIB:.2f} GiB per device (arguments "
+        f"{given / GIB:.2f}, temporaries {held / GIB:.2f})",
+        file=sys.stderr,
+    )
