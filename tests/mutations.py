@@ -262,15 +262,22 @@ MUTATIONS = (
     Mutation(
         "attention to the next token",
         _ATTENTION,
-        "mask = jnp.tril(jnp.ones((T, T), bool))[None]",
-        "mask = jnp.tril(jnp.ones((T, T), bool), 1)[None]",
+        "jnp.arange(end)[None] <= rows)",
+        "jnp.arange(end)[None] <= rows + 1)",
         _T_TRANSFORMER,
+    ),
+    Mutation(
+        "every block of queries begins at position 0",
+        _ATTENTION,
+        "rows = jnp.arange(start, end)[:, None]",
+        "rows = jnp.arange(end - start)[:, None]",
+        "nn/test_attention.py",
     ),
     Mutation(
         "attention across documents",
         _ATTENTION,
-        "mask = mask & (documents",
-        "mask = mask | (documents",
+        "return mask & (here == there)",
+        "return mask | (here == there)",
         "nn/test_attention.py",
     ),
     Mutation(

@@ -49,7 +49,7 @@ def flops_per_second(
 
     seconds(update)
     tokens = batch * context
-    work = 3 * costs.forward(cfg, tokens, context, tokens)
+    work = 3 * costs.forward(cfg, tokens, costs.causal_keys(context), tokens)
     return work.flops / min(seconds(update) for _ in range(max(2, repeats)))
 
 

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 
+from rlhf_jax.nn.attention import causal_pairs
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.transformer import unrolled
 from rlhf_jax.objectives.language_modeling import logit_chunks
@@ -20,7 +21,7 @@ class Row:
 
     Attributes:
         tokens: positions, T.
-        pairs: of a query and a key, T S, for each head.
+        pairs: of a query and a key, computed for each head.
         logits: positions with next-token logits.
         last_only: whether the last block is computed for the read positions only.
         accelerator: whether on a GPU or TPU.
@@ -40,7 +41,7 @@ def on_accelerator() -> bool:
 
 def text_row(length: int, accelerator: bool) -> Row:
     """A row of text [T] with the next-token loss on it."""
-    return Row(length, length**2, length, False, accelerator)
+    return Row(length, causal_pairs(length), length, False, accelerator)
 
 
 def response_row(
@@ -53,10 +54,10 @@ def response_row(
 ) -> Row:
     """K responses [K, R] to one prompt [P], see `forward_responses`.
 
-    P - 1 + K (R + 1) tokens, (P - 1)^2 + K (R + 1) (P + R) pairs
+    P - 1 + K (R + 1) tokens, about (P - 1)^2 + K (R + 1) (P + R) pairs
     """
     stem, own = prompt - 1, responses * (length + 1)
-    pairs = stem**2 + own * (prompt + length)
+    pairs = causal_pairs(stem) + own * (prompt + length)
     return Row(stem + own, pairs, logits, last_only, accelerator)
 
 

@@ -1,12 +1,13 @@
 """What a stage costs, from its shapes: FLOPs, bytes moved and bytes held.
 
 FLOPs are those of matrix products as they are computed: 2 for each multiplication,
-attention over all pairs that are not cut out (XLA computes the half that a causal mask
-hides; flash kernels skip most of it). A backward pass is two forwards.
+attention over all pairs that are not cut out (XLA computes much of the half that a
+causal mask hides; flash kernels skip most of it). A backward pass is two forwards.
 """
 
 import dataclasses
 
+from rlhf_jax.nn.attention import causal_pairs
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.transformer import unrolled
 
@@ -42,6 +43,11 @@ def block_params(cfg: TransformerConfig) -> int:
     return 12 * cfg.num_layers * cfg.model_dim**2
 
 
+def causal_keys(length: int) -> float:
+    """Keys that a position of a causal [T, T] is multiplied with, on average."""
+    return causal_pairs(length) / max(length, 1)
+
+
 def forward(
     cfg: TransformerConfig, positions: float, keys: float, logits: float = 0.0
 ) -> Work:
@@ -52,7 +58,7 @@ def forward(
     Args:
         cfg: shape of the model.
         positions: computed, B T.
-        keys: that each reads, S of [T, S]; for causal attention T as XLA computes it.
+        keys: that each reads, a mean of S of [T, S]; see `causal_keys`.
         logits: positions with next-token logits [V].
     """
     attention = 4 * cfg.num_layers * cfg.model_dim * positions * keys
@@ -72,7 +78,7 @@ def shared_prompt(
             `last_response_states`.
     """
     stem, own = prompt - 1, responses * (length + 1)
-    pairs = stem**2 + own * (prompt + length)
+    pairs = causal_pairs(stem) + own * (prompt + length)
     layers, dim = cfg.num_layers, cfg.model_dim
     work = Work(layers * (24 * dim**2 * (stem + own) + 4 * dim * pairs))
     if not (scored and unrolled(cfg)):
@@ -93,7 +99,8 @@ def rollout(cfg: TransformerConfig, batch: float, prompt: int, length: int) -> W
     keys = prompt - 1 + length
     cache = size * batch * keys * 2 * cfg.num_layers * cfg.model_dim
     step = forward(cfg, batch, keys, batch) + Work(0.0, weights + cache)
-    return forward(cfg, batch * (prompt - 1), prompt - 1) + length * step
+    stem = prompt - 1
+    return forward(cfg, batch * stem, causal_keys(stem)) + length * step
 
 
 def ppo_iteration(
@@ -123,7 +130,8 @@ def ppo_iteration(
     )
     valued = shared_prompt(reward, prompt, 1, length, False)
     scored = shared_prompt(reward, prompt, 1, length, True)
-    text = forward(policy, ptx_rows * ptx_len, ptx_len, ptx_rows * ptx_len)
+    ptx_tokens = ptx_rows * ptx_len
+    text = forward(policy, ptx_tokens, causal_keys(ptx_len), ptx_tokens)
     return {
         "rollout": rollout(policy, batch, prompt, length),
         "scores": batch * (2 * spoken + valued + scored),

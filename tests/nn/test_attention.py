@@ -50,6 +50,43 @@ def test_no_gradient_crosses_the_end_of_a_document(tiny, random_params):
     chex.assert_trees_all_close(gradient([5, 7]), gradient([1, 10]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("document_end", [None, 3])
+@pytest.mark.parametrize("length", [8, 11, 17, 25])
+def test_long_rows_in_blocks_of_queries_have_the_states_of_whole_ones(
+    mode, tiny, random_params, monkeypatch, length, document_end
+):
+    """From 8 tokens on two blocks here, from 16 on four, the last one short."""
+    monkeypatch.setattr(attention, "MIN_BLOCK", 4)
+    assert len(attention.blocks(length)) == (2 if length < 16 else 4)
+    assert attention.causal_pairs(length) < length**2
+    cfg = tiny(document_end=document_end)
+    params = random_params(cfg)
+    tokens = np.random.default_rng(0).integers(0, 11, length).astype(np.int32)
+    states = mode(lambda p, tokens: forward(p, tokens, cfg))(params, tokens[None])[0]
+    ends = np.flatnonzero(tokens == document_end) + 1 if document_end else []
+    alone = [oracle.hidden_states(params, d, "pre") for d in np.split(tokens, ends)]
+    np.testing.assert_allclose(states, np.concatenate(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_long_rows_in_blocks_have_the_gradient_of_whole_ones(
+    tiny, random_params, monkeypatch
+):
+    cfg = tiny()
+    params, tokens = random_params(cfg), jnp.arange(18)[None] % 11
+    loss = lambda p: jnp.sum(forward(p, tokens, cfg)[0, 3:] ** 3)  # noqa: E731
+    whole = jax.grad(loss)(params)
+    monkeypatch.setattr(attention, "MIN_BLOCK", 4)
+    in_blocks = jax.grad(lambda p: loss(p))(params)
+    chex.assert_trees_all_close(in_blocks, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_cover_every_query_once():
+    for length in (1, 2, 127, 255, 256, 257, 511, 512, 1025):
+        pieces = attention.blocks(length)
+        covered = [i for start, end in pieces for i in range(start, end)]
+        assert covered == list(range(length))
+
+
 @pytest.fixture
 def with_kernel(monkeypatch):
     """Routes attention as for cuDNN, through the same function's portable form."""
