@@ -27,6 +27,7 @@ from rlhf_jax.stages.ppo_state import (
     init_ppo_state,
 )
 from rlhf_jax.stages.pretrain import lm_loss
+from rlhf_jax.training.mesh import MeshConfig, jit_step, state_sharding
 from rlhf_jax.training.optimizers import OptimizerConfig
 
 
@@ -75,9 +76,11 @@ def our_iteration(work: Workload) -> tuple[dict[str, Any], Callable[[], Any]]:
     )
     static = {"cfg": cfg, "model": work.model, "reward_model": work.model}
     update = functools.partial(ppo_update, **static, eos_id=-1, pad_id=0)
-    step = jax.jit(update, donate_argnums=0)
-    scalars = cfg.scalars()
+    scalars, mesh = cfg.scalars(), MeshConfig().make()
     state = init_ppo_state(policy, reward, cfg.kl_coef, jax.random.key(3))
+    sharding = state_sharding(mesh, state)
+    state = jax.device_put(state, sharding)
+    step = jit_step(update, mesh, sharding)
 
     def iteration():
         nonlocal state
