@@ -20,7 +20,13 @@ from rlhf_jax.stages.pretrain import corpus_batches, lm_loss, make_heldout_loss
 from rlhf_jax.stages.scoring import Sampler, fitting, reward_measure
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.training.loop import LoopConfig, run_loop, tracked
-from rlhf_jax.training.mesh import jit_step, pad_rows, replicas, state_sharding
+from rlhf_jax.training.mesh import (
+    jit_step,
+    num_local_shards,
+    pad_rows,
+    replicas,
+    state_sharding,
+)
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.run_dir import RunDirError
 from rlhf_jax.training.state import init_state
@@ -137,7 +143,7 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
             ctx.data_seed(f"{name}/pretrain"),
         )
         batches = mixed_batches(train, text, cfg.pretrain_fraction)
-    multiple = len(ctx.mesh.local_devices) * cfg.num_microbatches
+    multiple = num_local_shards(ctx.mesh) * cfg.num_microbatches
     heldout_loss = make_heldout_loss(base.cfg, valid, ctx.mesh)
     num_steps = cfg.num_epochs * train.steps_per_epoch
 
