@@ -85,6 +85,11 @@ class InstructGPT:
         ranked = self.collect.ranked
         if ranked is not None and not ranked.is_file():
             raise DataError(f"collect.ranked: {ranked} is no file; mend the path")
+        try:
+            data, fsdp, _ = self.mesh.shape(num_devices)
+        except ValueError as error:
+            raise DataError(f"mesh: {error}") from error
+        shards = data * fsdp
         if self.data is None and self.files == REAL_FILES:
             raise DataError("this preset reads files of yours: give --data DIR")
         stages = ("pretrain", "sft", "sft_rl", "collect", "reward_model", "ppo")
@@ -96,10 +101,10 @@ class InstructGPT:
             "ppo_ptx": (self.ppo_ptx.batch_size, 1),
         }
         for name, (rows, parts) in batches.items():
-            if rows % parts or rows % num_devices:
+            if rows % parts or rows % shards:
                 raise DataError(
                     f"{name}: batches of {rows} rows must be a multiple of "
-                    f"num_microbatches {parts} and of the {num_devices} devices; "
+                    f"num_microbatches {parts} and of data x fsdp = {shards}; "
                     f"change {name}.batch-size"
                 )
         parts = {
@@ -116,10 +121,10 @@ class InstructGPT:
                     "change it to a multiple"
                 )
         for name in ("ppo", "ppo_ptx"):
-            if getattr(self, name).num_slots is not None and num_devices > 1:
+            if getattr(self, name).num_slots is not None and shards > 1:
                 raise DataError(
                     f"{name}.num_slots takes prompts in turn on one device, and there "
-                    f"are {num_devices}; leave it out"
+                    f"are {shards} (data x fsdp); leave it out"
                 )
         if self.data is None:
             self._check_campaign()

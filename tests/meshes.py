@@ -1,25 +1,26 @@
 """One update of a stage on some of the test's devices."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.training.mesh import jit_step, replicas, shard_batch, state_sharding
+from rlhf_jax.training.mesh import AXES, jit_step, replicas, shard_batch, state_sharding
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
 
 
-def some_devices(data: int, fsdp: int) -> jax.sharding.Mesh:
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    devices = jax.devices()[: data * fsdp]
-    return jax.make_mesh(
-        (data, fsdp), ("data", "fsdp"), axis_types=auto, devices=devices
-    )
+def some_devices(data: int, fsdp: int, tensor: int = 1) -> jax.sharding.Mesh:
+    shape = (data, fsdp, tensor)
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    devices = jax.devices()[: math.prod(shape)]
+    return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
 
 
-def one_update(loss, params, batch, data=1, fsdp=1, num_microbatches=1):
-    """Parameters and metrics after the first update on data x fsdp devices."""
-    mesh = some_devices(data, fsdp)
+def one_update(loss, params, batch, data=1, fsdp=1, tensor=1, num_microbatches=1):
+    """Parameters and metrics after the first update on data x fsdp x tensor devices."""
+    mesh = some_devices(data, fsdp, tensor)
     optimizer = OptimizerConfig(learning_rate=1e-2, eps=1e-3)
     state = init_state(params, jax.random.key(0))
     sharding = state_sharding(mesh, state)

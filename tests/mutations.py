@@ -38,6 +38,7 @@ _RANKING = "rlhf_jax/objectives/ranking.py"
 _LM = "rlhf_jax/objectives/language_modeling.py"
 _TRANSFORMER = "rlhf_jax/nn/transformer.py"
 _ATTENTION = "rlhf_jax/nn/attention.py"
+_DEVICES = "rlhf_jax/nn/devices.py"
 _SAMPLING = "rlhf_jax/nn/sampling.py"
 _RESPONSES = "rlhf_jax/nn/responses.py"
 _HEADS = "rlhf_jax/nn/heads.py"
@@ -46,6 +47,7 @@ _PPO_LOSS = "rlhf_jax/stages/ppo_loss.py"
 _UPDATE = "rlhf_jax/stages/ppo.py"
 _REWARD = "rlhf_jax/stages/reward_model.py"
 _STEP = "rlhf_jax/training/step.py"
+_MESH = "rlhf_jax/training/mesh.py"
 _LOOP = "rlhf_jax/training/loop.py"
 _OPTIMIZERS = "rlhf_jax/training/optimizers.py"
 _METRICS = "rlhf_jax/training/metrics.py"
@@ -377,6 +379,41 @@ MUTATIONS = (
         "loss, scalars, grads = jax.lax.psum((loss, scalars, grads), axes)",
         "loss, scalars = jax.lax.psum((loss, scalars), axes)",
         "training/test_mesh.py",
+    ),
+    Mutation(
+        "batches dealt over tensor too",
+        _MESH,
+        'jax.P(("data", "fsdp"))',
+        "jax.P(AXES)",
+        "training/test_mesh.py",
+    ),
+    Mutation(
+        "tensor cuts what the MLP writes to the residual stream",
+        _MESH,
+        '"mlp_down/w": -2',
+        '"mlp_down/w": -1',
+        "training/test_mesh.py",
+    ),
+    Mutation(
+        "heads flattened where tensor has cut them",
+        _TRANSFORMER,
+        "if on_tensor_axis(w):",
+        "if False:",
+        "training/test_collectives.py",
+    ),
+    Mutation(
+        "ids looked up in a table cut both ways",
+        _DEVICES,
+        "return _constrained(table, OPEN, None)",
+        "return table",
+        "training/test_collectives.py",
+    ),
+    Mutation(
+        "rows gathered where fsdp has cut the weights",
+        _DEVICES,
+        "return _constrained(x, rows, OPEN, OPEN)",
+        "return x",
+        "training/test_collectives.py",
     ),
     Mutation(
         "logits without a gradient to the embedding",

@@ -43,6 +43,8 @@ def option(cfg: Any, path: str, value: Any) -> Any:
         ("ppo_ptx.ptx_per_episode", 0, "ptx_per_episode must be at least 1"),
         ("ppo.num_slots", 0, "ppo.num_slots must be at least 1"),
         ("ppo_ptx.num_slots", 4, "ppo_ptx.num_slots takes prompts in turn on one"),
+        ("mesh.tensor", 3, "mesh: tensor = 3 does not divide the 8 devices"),
+        ("mesh.fsdp", 16, "mesh: fsdp = 16 does not divide the 8 devices"),
         ("ppo.clip", -1.0, "clip and value_clip must be above 0"),
     ],
 )
@@ -59,6 +61,13 @@ def test_batches_that_processes_cannot_share_are_refused(path: str) -> None:
     preset.check(num_devices=2, num_processes=2)
     with pytest.raises(DataError, match="15 cannot be dealt over 2 processes"):
         option(preset, path, 15).check(num_devices=2, num_processes=2)
+
+
+def test_rows_are_dealt_over_data_and_fsdp_not_over_tensor() -> None:
+    preset = option(PRESETS["default"][1], "ppo.num_slots", 4)
+    option(preset, "mesh.tensor", 8).check(num_devices=8)
+    preset = option(PRESETS["default"][1], "pretrain.batch_size", 12)
+    option(preset, "mesh.tensor", 2).check(num_devices=8)
 
 
 @pytest.mark.parametrize("name", ["default", "smoke", "cpu", "gpu"])

@@ -20,6 +20,7 @@ from rlhf_jax.nn.attention import (
     full_precision,
 )
 from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.nn.devices import embedding_table, keep_rows_dealt, on_tensor_axis
 
 Array = jax.Array
 Params = Any  # nested dict of float32 arrays; blocks stacked on a leading axis L
@@ -105,6 +106,8 @@ def _dense(params: Params, x: Array) -> Array:
     w, b = params["w"].astype(x.dtype), params["b"].astype(x.dtype)
     num_inputs = w.ndim - b.ndim
     leading, inputs = x.shape[:-num_inputs], w.shape[:num_inputs]
+    if on_tensor_axis(w):  # [3, N, H] as one axis would gather what is cut along N
+        return jnp.tensordot(x, w, num_inputs) + jnp.expand_dims(b, range(len(leading)))
     rows = x.reshape(-1, math.prod(inputs))
     y = rows @ w.reshape(rows.shape[1], -1) + b.reshape(1, -1)
     return y.reshape(*leading, *b.shape)
@@ -152,6 +155,7 @@ def _block(params, x, attend, cfg, key, rows):
     keys = (None, None) if key is None else tuple(jax.random.split(key))
     pre = cfg.norm == "pre"
 
+    x = keep_rows_dealt(x)
     h = layer_norm(params["attn_norm"], x) if pre else x
     if rows is None:
         qkv = _dense(params["qkv"], h)
@@ -195,7 +199,8 @@ def cast_once(params: Params, cfg: TransformerConfig) -> tuple[Params, Params]:
 
 def embed(params: Params, tokens: Array, positions: Array, dtype: str) -> Array:
     """Adds token and position embeddings: ids and positions [B, T] -> [B, T, D]."""
-    x = params["embed"][tokens] + params["pos_embed"][positions]
+    table = embedding_table(params["embed"], tokens)
+    x = table[tokens] + params["pos_embed"][positions]
     return x.astype(dtype)
 
 

@@ -26,6 +26,8 @@ from rlhf_jax.stages.scoring import (
 from rlhf_jax.training.loop import tracked
 from rlhf_jax.training.mesh import (
     jit_measure,
+    num_local_shards,
+    num_shards,
     pad_rows,
     shard_batch,
     shard_whole_batch,
@@ -187,8 +189,8 @@ class Measurer:
         """Scores of texts under the bare prompt."""
         cfg, tokenizer, fmt = self._cfg, self._reward.tokenizer, self._reward.format
         R = cfg.sampling.response_len
-        devices = len(self._ctx.mesh.devices.flat)
-        rows = -(-cfg.batch_size // devices) * devices
+        shards = num_shards(self._ctx.mesh)
+        rows = -(-cfg.batch_size // shards) * shards
         out: list[float] = []
         num_cut = 0
         for first in range(0, len(responses), rows):
@@ -224,7 +226,7 @@ class Measurer:
         """Held-out pre-training loss of each batch, in nats per token."""
         losses = []
         for step in range(min(self._cfg.text_batches, self._text.steps_per_epoch)):
-            batch = pad_rows(self._text(step), len(self._ctx.mesh.local_devices))
+            batch = pad_rows(self._text(step), num_local_shards(self._ctx.mesh))
             batch = shard_batch(self._ctx.mesh, batch)
             total, count = self._sums(params, batch)
             losses.append(-float(total) / float(count))

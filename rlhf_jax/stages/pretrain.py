@@ -25,6 +25,7 @@ from rlhf_jax.training.loop import LoopConfig, run_loop
 from rlhf_jax.training.mesh import (
     jit_measure,
     jit_step,
+    num_local_shards,
     pad_rows,
     replicas,
     shard_batch,
@@ -117,8 +118,8 @@ def make_heldout_loss(
     sums = jit_measure(sum_logprobs, mesh, model=model)
     count = batches.steps_per_epoch
     count = count if max_batches is None else min(count, max_batches)
-    devices = len(mesh.local_devices)
-    kept = [pad_rows(batches(step), devices) for step in range(count)]
+    shards = num_local_shards(mesh)
+    kept = [pad_rows(batches(step), shards) for step in range(count)]
 
     def heldout_loss(params: Any) -> float:
         totals = [sums(params, shard_batch(mesh, batch)) for batch in kept]

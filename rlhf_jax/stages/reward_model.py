@@ -34,7 +34,13 @@ from rlhf_jax.stages.scoring import response_scores
 from rlhf_jax.training import memory
 from rlhf_jax.training.activations import on_accelerator, response_row
 from rlhf_jax.training.loop import LoopConfig, run_loop
-from rlhf_jax.training.mesh import jit_step, pad_rows, replicas, state_sharding
+from rlhf_jax.training.mesh import (
+    jit_step,
+    num_local_shards,
+    pad_rows,
+    replicas,
+    state_sharding,
+)
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.room import require_room
 from rlhf_jax.training.run_dir import file_hash, write_text
@@ -180,7 +186,7 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
             weights=np.full((rows,), 1.0 / cfg.batch_size, np.float32),  # type: ignore
         )
 
-    multiple = len(ctx.mesh.local_devices) * cfg.num_microbatches
+    multiple = num_local_shards(ctx.mesh) * cfg.num_microbatches
     num_steps = cfg.num_epochs * batches.steps_per_epoch
     key = ctx.key("reward_model")
     make = lambda transformer: init_state(  # noqa: E731

@@ -22,7 +22,13 @@ from rlhf_jax.training import memory
 from rlhf_jax.training.activations import on_accelerator, text_row
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.training.loop import LoopConfig, run_loop, tracked
-from rlhf_jax.training.mesh import jit_step, pad_rows, replicas, state_sharding
+from rlhf_jax.training.mesh import (
+    jit_step,
+    num_local_shards,
+    pad_rows,
+    replicas,
+    state_sharding,
+)
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.room import require_room
 from rlhf_jax.training.run_dir import RunDirError
@@ -148,7 +154,7 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
             ctx.data_seed(f"{name}/pretrain"),
         )
         batches = mixed_batches(train, text, cfg.pretrain_fraction)
-    multiple = len(ctx.mesh.local_devices) * cfg.num_microbatches
+    multiple = num_local_shards(ctx.mesh) * cfg.num_microbatches
     heldout_loss = make_heldout_loss(base.cfg, valid, ctx.mesh)
     num_steps = cfg.num_epochs * train.steps_per_epoch
 

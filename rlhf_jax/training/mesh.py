@@ -1,4 +1,4 @@
-"""Devices: a mesh with data and fsdp axes, and the shardings shapes imply."""
+"""Devices: a mesh (data, fsdp, tensor), and the shardings names and shapes imply."""
 
 import dataclasses
 import functools
@@ -10,30 +10,87 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+AXES = ("data", "fsdp", "tensor")
+
+TENSOR_CUTS = {
+    "qkv/w": -2,  # [..., D, 3, N, H]: heads
+    "qkv/b": -2,
+    "attn_out/w": -3,  # [..., N, H, D]: the same heads
+    "mlp_up/w": -1,  # [..., D, F]
+    "mlp_up/b": -1,
+    "mlp_down/w": -2,  # [..., F, D]
+    "embed": -2,  # [V, D]
+}
+"""Last names of a parameter -> its axis that `tensor` cuts, counted from the end."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """How devices are used; the results do not depend on it."""
 
     fsdp: int = 1
-    """Devices that share one copy of the parameters; the others hold replicas."""
+    """Groups of devices that share one copy of the parameters; the others hold
+    replicas."""
+    tensor: int = 1
+    """Devices of one process that share each layer's work on the same rows: attention
+    heads, the MLP's width and the vocabulary are dealt over them. What it does not
+    divide stays whole: make `pretrain.model.num_heads` and `tokenizer.vocab_size`
+    multiples of it."""
+
+    def shape(self, num_devices: int) -> tuple[int, int, int]:
+        """Sizes of the axes (data, fsdp, tensor) on so many devices.
+
+        Raises:
+            ValueError: if tensor does not divide the devices, or fsdp what is left.
+        """
+        _check_divides("tensor", self.tensor, num_devices, "devices")
+        rest = num_devices // self.tensor
+        what = "devices" if self.tensor == 1 else f"groups of {self.tensor} devices"
+        _check_divides("fsdp", self.fsdp, rest, what)
+        return rest // self.fsdp, self.fsdp, self.tensor
 
     def make(self) -> Mesh:
-        """All devices of all processes as (data, fsdp)."""
-        count = jax.device_count()
-        if self.fsdp < 1 or count % self.fsdp:
+        """All devices of all processes as (data, fsdp, tensor).
+
+        Raises:
+            ValueError: see `shape`; if devices that share a layer would be of several
+                processes, each of which makes rows of its own.
+        """
+        shape = self.shape(jax.device_count())
+        _check_divides(
+            "tensor", self.tensor, jax.local_device_count(), "devices of a process"
+        )
+        mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+        processes = np.vectorize(lambda d: d.process_index)(mesh.devices)
+        if (processes != processes[:, :, :1]).any():
             raise ValueError(
-                f"fsdp = {self.fsdp} does not divide the {count} devices; "
-                f"valid: {[n for n in range(1, count + 1) if count % n == 0]}"
+                f"tensor = {self.tensor} joins devices of several processes here; "
+                "choose a smaller one"
             )
-        shape = (count // self.fsdp, self.fsdp)
-        auto = (AxisType.Auto, AxisType.Auto)
-        return jax.make_mesh(shape, ("data", "fsdp"), axis_types=auto)
+        return mesh
+
+
+def _check_divides(name: str, size: int, count: int, what: str) -> None:
+    if size < 1 or count % size:
+        raise ValueError(
+            f"{name} = {size} does not divide the {count} {what}; "
+            f"valid: {[n for n in range(1, count + 1) if count % n == 0]}"
+        )
 
 
 def replicas(mesh: Mesh) -> Mesh | None:
     """The mesh, if it has several devices that hold all parameters each; else None."""
-    return mesh if mesh.size > 1 and mesh.shape["fsdp"] == 1 else None
+    return mesh if 1 < mesh.size == mesh.shape["data"] else None
+
+
+def num_shards(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are dealt into: data x fsdp."""
+    return mesh.size // mesh.shape["tensor"]
+
+
+def num_local_shards(mesh: Mesh) -> int:
+    """Those of `num_shards` that are on this process's devices."""
+    return len(mesh.local_devices) // mesh.shape["tensor"]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -42,12 +99,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows are dealt over all devices."""
+    """Rows are dealt over data and fsdp; devices along tensor hold the same ones."""
     return NamedSharding(mesh, jax.P(("data", "fsdp")))
 
 
 def state_sharding(mesh: Mesh, state: Any) -> Any:
-    """Cuts every leaf along its largest axis that the fsdp axis divides.
+    """Cuts every leaf: over tensor by its name, over fsdp by its shape.
+
+    Tensor cuts the axis of `TENSOR_CUTS`, if it divides it; a moment of Adam or an
+    average has the name of its parameter. Fsdp cuts the largest other axis that it
+    divides.
 
     Args:
         mesh: of `MeshConfig.make`.
@@ -56,19 +117,30 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
     Returns:
         The same tree of `NamedSharding`; leaves that cannot be cut are replicated.
     """
-    size = mesh.shape["fsdp"]
 
-    def spec(x):
-        if size == 1 or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    def spec(path, x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return replicated(mesh)
-        fits = [i for i, n in enumerate(x.shape) if n % size == 0 and n >= size]
-        if not fits:
-            return replicated(mesh)
-        best = max(fits, key=lambda i: x.shape[i])
-        axes = ("fsdp" if i == best else None for i in range(x.ndim))
-        return NamedSharding(mesh, jax.P(*axes))
+        axes: list[str | None] = [None] * x.ndim
 
-    return jax.tree.map(spec, state)
+        def cut(axis, candidates):
+            size = mesh.shape[axis]
+            fits = [i for i in candidates if x.shape[i] and x.shape[i] % size == 0]
+            if size > 1 and fits:
+                axes[max(fits, key=lambda i: x.shape[i])] = axis
+
+        cut("tensor", _tensor_axes(path, x.ndim))
+        cut("fsdp", [i for i in range(x.ndim) if axes[i] is None])
+        return NamedSharding(mesh, jax.P(*axes) if any(axes) else jax.P())
+
+    return jax.tree.map_with_path(spec, state)
+
+
+def _tensor_axes(path: tuple, ndim: int) -> list[int]:
+    """The axis of a leaf that tensor may cut, none or one."""
+    names = [str(getattr(part, "key", "")) for part in path]
+    found = (TENSOR_CUTS.get("/".join(names[-count:])) for count in (1, 2))
+    return [ndim + axis for axis in found if axis is not None]
 
 
 def shard_batch(mesh: Mesh, batch: Any) -> Any:
@@ -78,12 +150,12 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
         ValueError: if the rows cannot be dealt evenly over the devices.
     """
     sharding = batch_sharding(mesh)
-    devices = len(mesh.local_devices)
+    shards = num_local_shards(mesh)
     rows = jax.tree.leaves(batch)[0].shape[0]
-    if rows % devices:
+    if rows % shards:
         raise ValueError(
-            f"{rows} rows per process cannot be dealt over {devices} local devices; "
-            "make the batch size a multiple of the number of devices"
+            f"{rows} rows per process cannot be dealt over {shards} local devices "
+            "(data x fsdp); make the batch size a multiple of their number"
         )
     if jax.process_count() == 1:  # all arrays at once: half the time
         return jax.device_put(batch, sharding)
@@ -93,7 +165,7 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
 
 
 def shard_whole_batch(mesh: Mesh, batch: Any) -> Any:
-    """Deals the rows of a NumPy batch that every process holds whole over all devices.
+    """Deals the rows of a NumPy batch that every process holds whole, see `num_shards`.
 
     For batches in order, whose results every process needs: evaluation and sampling.
     """

@@ -15,7 +15,7 @@ from rlhf_jax.nn.transformer import forward
 from rlhf_jax.stages.common import Model
 from rlhf_jax.stages.ppo_run import make_state
 from rlhf_jax.stages.ppo_state import PPOConfig
-from rlhf_jax.training.mesh import MeshConfig, replicas, replicated, shard_batch
+from rlhf_jax.training.mesh import replicas, replicated, shard_batch
 
 B, R = case.B, case.R
 CFG = case.CONFIG
@@ -461,10 +461,13 @@ def test_a_sweep_at_once_equals_separate_runs(whole):
         )
 
 
-def test_eight_devices_do_what_one_does_and_frozen_models_stay(whole):
+@pytest.mark.parametrize(
+    "shape", [(4, 2), (1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 2, 2)], ids=str
+)
+def test_many_devices_do_what_one_does_and_frozen_models_stay(shape, whole):
     run, _ = whole
     expected, history = run(iterations=2)
-    mesh = MeshConfig(fsdp=2).make()
+    mesh = some_devices(*shape)
     model = lambda kind, params: Model(kind, params, case.MODEL, None, None)  # type: ignore # noqa: E731
     reference = model("language_model", case.transformer(0))
     reward = model("reward_model", case.scalar_model(1))

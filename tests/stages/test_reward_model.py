@@ -174,6 +174,10 @@ def test_an_update_knows_neither_devices_nor_microbatches(params):
         {"data": 4, "fsdp": 2},
         {"num_microbatches": 4},
         {"data": 2, "num_microbatches": 2},
+        {"tensor": 2},
+        {"data": 2, "tensor": 2, "num_microbatches": 2},
+        {"fsdp": 2, "tensor": 2},
+        {"data": 2, "fsdp": 2, "tensor": 2},
     ):
         case.assert_trees_close(
             one_update(loss, params, batch, **other), expected, rtol=1e-4, atol=1e-5

@@ -110,6 +110,7 @@ def test_an_update_knows_neither_devices_nor_microbatches():
     for other in (
         *({"data": 8}, {"fsdp": 8}, {"data": 4, "fsdp": 2}),
         *({"num_microbatches": 2}, {"num_microbatches": 8}),
+        {"data": 2, "fsdp": 2, "tensor": 2, "num_microbatches": 2},
     ):
         case.assert_trees_close(
             one_update(loss, case.transformer(0), batch, **other),

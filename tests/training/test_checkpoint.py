@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import some_devices
 
 from rlhf_jax.training.checkpoint import (
     CheckpointError,
@@ -284,6 +285,25 @@ def test_a_state_moves_to_another_mesh(tmp_path):
     checkpoints.close()
     assert_same(state, make_state(4))
     assert state.params["embed"].addressable_shards[0].data.shape == (2, 8)
+
+
+def test_parameters_cut_over_one_mesh_are_read_over_another(tmp_path):
+    """Pieces of tensor and fsdp, one device, replicas: the numbers are the same."""
+    params = make_state(1).params
+    meshes = [
+        MeshConfig(fsdp=2, tensor=4).make(),
+        some_devices(1, 1),
+        MeshConfig(tensor=2).make(),
+    ]
+    pieces = [(4, 4), (16, 8), (8, 8)]
+    for number, (mesh, piece) in enumerate(zip(meshes, pieces, strict=True)):
+        like = shapes(params, state_sharding(mesh, params))
+        params = jax.device_put(params, state_sharding(mesh, params))
+        if number:
+            params = load_params(tmp_path / f"{number - 1}", like)
+        assert params["embed"].addressable_shards[0].data.shape == piece
+        assert_same(params, make_state(1).params)
+        save_params(tmp_path / f"{number}", params)
 
 
 def test_parameters_come_back_and_replace_older_ones(tmp_path):

@@ -10,6 +10,8 @@ import pytest
 from meshes import some_devices
 
 from rlhf_jax.data.batches import TokenBatch
+from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.nn.transformer import init_params
 from rlhf_jax.objectives import language_modeling
 from rlhf_jax.stages.pretrain import lm_loss
 from rlhf_jax.training.mesh import jit_step, replicas, shard_batch, state_sharding
@@ -21,6 +23,7 @@ COLLECTIVES = re.compile(
     r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)"
     r"(?:-start)?\("
 )
+B, T, V = 40, 7, 96  # of `tensor_program`: B, T, B T and their parts are no other size
 
 
 def computations(hlo: str) -> dict[str, str]:
@@ -80,3 +83,78 @@ def test_gradients_meet_once_and_after_all_loops(program):
 def test_left_to_the_compiler_they_meet_in_every_chunk(program):
     """What the mesh argument is for, and that the test above can fail."""
     assert collectives_in_loops(program[False])
+
+
+def shapes(hlo: str, kind: str) -> list[tuple[int, ...]]:
+    """Shapes of the results of one kind of collective, in the order of the text."""
+    lines = re.findall(rf"= (.*?) {kind}(?:-start)?\(", hlo)
+    found = [re.findall(r"\w+\[([\d,]*)\]", line) for line in lines]
+    return [tuple(int(n) for n in dims.split(",") if n) for f in found for dims in f]
+
+
+@functools.cache
+def tensor_program(
+    shape: tuple[int, int, int], part: str = "step", num_layers: int = 2
+) -> str:
+    """Text of a train step, or of its loss alone, on (data, fsdp, tensor) devices."""
+    model = TransformerConfig(
+        num_layers=num_layers, model_dim=16, num_heads=4, max_len=32, vocab_size=V
+    )
+    mesh, opt = some_devices(*shape), OptimizerConfig()
+    ids = np.zeros((B, T + 1), np.int32)
+    weights = np.full((B, T), 1 / (B * T), np.float32)
+    batch = shard_batch(mesh, TokenBatch(ids[:, :-1], ids[:, 1:], weights))
+    state = init_state(init_params(jax.random.key(0), model), jax.random.key(0))
+    sharding = state_sharding(mesh, state)
+    state = jax.device_put(state, sharding)
+    loss = functools.partial(lm_loss, model=model)
+    if part == "loss":
+        compiled = jax.jit(loss).lower(state.params, batch, state.key)
+    else:
+        step = jit_step(make_train_step(loss, opt, 10), mesh, sharding)
+        compiled = step.lower(state, batch, opt.scalars())
+    return compiled.compile().as_text()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 1, 2)], ids=str)
+def test_devices_that_share_layers_meet_twice_a_layer(shape):
+    """After attention and after the MLP, and once for the embeddings; the head's are
+    numbers of each token. Nothing else but all-reduces: no weights, rows or logits."""
+    hlo = tensor_program(shape, "loss")
+    assert set(COLLECTIVES.findall(hlo)) == {"all-reduce"}
+    rows = B // shape[0]
+    sizes = shapes(hlo, "all-reduce")
+    assert sizes.count((rows, T, 16)) == 2 * 2 + 1
+    numbers = {(rows * T,), ()}  # maximum and sums of each token's logits; the loss
+    assert set(sizes) - numbers == {(rows, T, 16)}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 1, 2)], ids=str)
+def test_an_update_gathers_nothing_along_tensor(shape):
+    """And rows meet over data as gradients, each in the piece its device holds."""
+    hlo = tensor_program(shape)
+    looped = tensor_program(shape, num_layers=6)
+    assert set(COLLECTIVES.findall(hlo + looped)) == {"all-reduce"}
+    sizes, rows = shapes(hlo, "all-reduce"), B // shape[0]
+    # twice a layer forward and backward, the embeddings, and back from the head
+    assert sizes.count((rows, T, 16)) == 4 * 2 + 1
+    assert sizes.count((rows * T, 16)) == 1
+    gradient = [2, 3, 4, 16]  # of a layer's qkv: two of four heads, in any order
+    assert [sorted(x) for x in sizes].count(gradient) == (2 if shape[0] > 1 else 0)
+    assert f"f32[{rows * T},{V // 2}]" in hlo and f"f32[{rows * T},{V}]" not in hlo
+
+
+@pytest.mark.parametrize("num_layers", [2, 6])  # written out, and a loop
+@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 2), (2, 2, 2)], ids=str)
+def test_where_fsdp_cuts_weights_move_and_the_batch_stays(shape, num_layers):
+    """Gathers are of parameters' shapes, in the piece that tensor leaves of them."""
+    hlo = tensor_program(shape, num_layers=num_layers)
+    data, fsdp, tensor = shape
+    rows = B // (data * fsdp)
+    gathered = shapes(hlo, "all-gather")
+    assert (16, 64 // tensor) in gathered  # mlp_up of a layer
+    of_rows = {T, B, B // data, rows, B * T, B * T // data, rows * T}
+    for kind in ("all-gather", "all-to-all", "collective-permute"):
+        assert not of_rows & {n for size in shapes(hlo, kind) for n in size}, kind
+    logits = f"f32[{rows * T},{V // tensor}]"
+    assert logits in hlo and f"f32[{B // data * T},{V // tensor}]" not in hlo

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import some_devices
 
 from rlhf_jax.training.loop import (
     PROFILED,
@@ -164,10 +165,7 @@ def test_a_run_goes_on_with_another_number_of_devices(
     devices, loop, uninterrupted, tmp_path
 ):
     """The same batches in the same order; equal up to the order of sums."""
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    fewer = jax.make_mesh(
-        (1, devices), ("data", "fsdp"), axis_types=auto, devices=jax.devices()[:devices]
-    )
+    fewer = some_devices(1, devices)
     with pytest.raises(Crash):
         loop(tmp_path, batches=crash_at(6))
     asked = []

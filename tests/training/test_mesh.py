@@ -1,6 +1,8 @@
 """Devices are an implementation detail: any mesh gives the same numbers."""
 
 import functools
+import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +11,23 @@ import pytest
 from meshes import some_devices
 
 from rlhf_jax.data.batches import TokenBatch
+from rlhf_jax.nn.heads import init_scalar_head
+from rlhf_jax.nn.sampling import Sampling, generate
 from rlhf_jax.nn.transformer import init_params
+from rlhf_jax.stages.ppo_state import init_ppo_state
 from rlhf_jax.stages.pretrain import lm_loss
 from rlhf_jax.training.mesh import (
     MeshConfig,
+    jit_measure,
     jit_step,
+    num_local_shards,
+    num_shards,
     pad_rows,
     pmap_step,
     replicas,
     replicated,
     shard_batch,
+    shard_whole_batch,
     state_sharding,
 )
 from rlhf_jax.training.optimizers import OptimizerConfig
@@ -84,8 +93,9 @@ def on_one_device(train):
     return losses, jax.device_get(state.params)
 
 
-# (data, fsdp)
+# (data, fsdp, tensor); four devices do not divide the two heads, which stay whole
 MESHES = [(2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (1, 8)]
+MESHES += [(1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 2, 2), (4, 1, 2), (1, 4, 2), (1, 1, 4)]
 
 
 @pytest.mark.parametrize("shape", [*MESHES, "pmap"])
@@ -102,9 +112,9 @@ def test_any_devices_learn_what_one_learns(shape, train, on_one_device):
     )
     if mesh is not None:
         whole = state.params["embed"]
-        held = whole.addressable_shards[0].data.size * mesh.shape["fsdp"]
-        assert held == whole.size
-        assert len(whole.sharding.device_set) == shape[0] * shape[1]
+        parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+        assert whole.addressable_shards[0].data.size * parts == whole.size
+        assert len(whole.sharding.device_set) == math.prod(shape)
 
 
 def test_leaves_are_cut_along_their_largest_axis_that_divides(tiny):
@@ -129,26 +139,123 @@ def test_leaves_are_cut_along_their_largest_axis_that_divides(tiny):
     assert set(without.values()) == {jax.P()}
 
 
+# what tensor cuts, and then fsdp of the rest
+CUTS = {
+    "attn_norm/scale": jax.P(None, "fsdp"),
+    "qkv/w": jax.P(None, "fsdp", None, "tensor", None),
+    "qkv/b": jax.P(None, None, "tensor", "fsdp"),
+    "attn_out/w": jax.P(None, "tensor", None, "fsdp"),
+    "attn_out/b": jax.P(None, "fsdp"),
+    "mlp_up/w": jax.P(None, "fsdp", "tensor"),
+    "mlp_up/b": jax.P("fsdp", "tensor"),
+    "mlp_down/w": jax.P(None, "tensor", "fsdp"),
+    "mlp_down/b": jax.P(None, "fsdp"),
+    "embed": jax.P("tensor", "fsdp"),
+    "pos_embed": jax.P("fsdp", None),
+    "final_norm/scale": jax.P("fsdp"),
+    "head/w": jax.P("fsdp"),
+    "head/b": jax.P(),
+}
+
+
+def test_tensor_cuts_by_names_wherever_a_model_stands(tiny):
+    """Policy, value model, average and both models' moments of Adam."""
+    cfg = tiny(vocab_size=12)
+    policy = jax.eval_shape(lambda: init_params(jax.random.key(0), cfg))
+    value = {
+        "transformer": policy,
+        "head": jax.eval_shape(lambda: init_scalar_head(jax.random.key(0), 16)),
+    }
+    make = functools.partial(init_ppo_state, kl_coef=0.1, key=jax.random.key(0))
+    state = jax.eval_shape(make, policy, value)
+    sharding = state_sharding(some_devices(1, 2, 2), state)
+    seen = dict.fromkeys(CUTS, 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(sharding):
+        names = [getattr(part, "key", "") for part in path]
+        for name in {"/".join(names[-2:]), names[-1]} & CUTS.keys():
+            assert leaf.spec == CUTS[name], (path, leaf.spec)
+            seen[name] += 1
+    assert {seen.pop("head/w"), seen.pop("head/b")} == {3}  # value model, two moments
+    assert set(seen.values()) == {7}  # two models with two moments each, the average
+
+
+def test_what_tensor_does_not_divide_stays_whole_along_it(tiny):
+    cfg = tiny(vocab_size=11)
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), cfg))
+    sharding = state_sharding(some_devices(1, 1, 4), shapes)
+    assert sharding["embed"].spec == jax.P()
+    assert sharding["blocks"]["qkv"]["w"].spec == jax.P()
+    assert sharding["blocks"]["mlp_up"]["w"].spec == jax.P(None, None, "tensor")
+
+
 @pytest.mark.parametrize("fsdp", [0, 3, 16])
 def test_an_fsdp_that_does_not_divide_names_what_does(fsdp):
     with pytest.raises(ValueError, match=r"8 devices; valid: \[1, 2, 4, 8\]"):
         MeshConfig(fsdp=fsdp).make()
 
 
+@pytest.mark.parametrize(
+    ("fsdp", "tensor", "named"),
+    [
+        (1, 0, r"tensor = 0 does not divide the 8 devices; valid: \[1, 2, 4, 8\]"),
+        (1, 3, r"tensor = 3 does not divide the 8 devices; valid: \[1, 2, 4, 8\]"),
+        (8, 2, r"fsdp = 8 .* the 4 groups of 2 devices; valid: \[1, 2, 4\]"),
+    ],
+)
+def test_a_tensor_that_does_not_divide_names_what_does(fsdp, tensor, named):
+    with pytest.raises(ValueError, match=named):
+        MeshConfig(fsdp=fsdp, tensor=tensor).make()
+
+
+def test_tensor_stays_within_a_process(monkeypatch):
+    """Each process makes rows of its own, which devices along tensor would share."""
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"2 devices of a process; valid: \[1, 2\]"):
+        MeshConfig(tensor=4).make()
+    two = np.array([types.SimpleNamespace(process_index=i) for i in (0, 1)])
+    mesh = types.SimpleNamespace(devices=np.tile(two, 4).reshape(4, 1, 2))
+    monkeypatch.setattr(jax, "make_mesh", lambda *_, **__: mesh)
+    with pytest.raises(ValueError, match="tensor = 2 joins devices of several"):
+        MeshConfig(tensor=2).make()
+
+
 def test_rows_that_cannot_be_dealt_are_refused():
     mesh = MeshConfig().make()
     with pytest.raises(ValueError, match="12 rows per process .* over 8 local devices"):
         shard_batch(mesh, {"x": np.zeros((12, 2))})
+    shard_batch(MeshConfig(tensor=2).make(), {"x": np.zeros((12, 2))})
 
 
-@pytest.mark.parametrize("fsdp", [1, 4])
-def test_a_sharded_batch_keeps_its_rows_in_order(fsdp):
-    mesh = MeshConfig(fsdp=fsdp).make()
+@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 2, 2)])
+def test_any_devices_sample_the_same_tokens(shape, tiny, random_params):
+    model = tiny(vocab_size=16)
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, 16, (4, 5)).astype(np.int32)
+    ids = (prompts, np.arange(1, 5, dtype=np.int32))
+    static = {"eos_id": 3, "pad_id": 3, "sampling": Sampling(response_len=6)}
+
+    def sample(mesh):
+        params = random_params(model)
+        params = jax.device_put(params, state_sharding(mesh, params))
+        compiled = jit_measure(generate, mesh, model=model, **static)
+        batch = shard_whole_batch(mesh, ids)
+        return compiled(params, *batch, jax.random.key(1), jnp.float32(1.0))
+
+    rollout, expected = sample(some_devices(*shape)), sample(some_devices(1, 1))
+    assert len(set(np.asarray(expected.lengths))) > 1
+    np.testing.assert_array_equal(rollout.responses, expected.responses)
+    np.testing.assert_allclose(rollout.logprobs, expected.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (4, 1), (1, 2), (2, 2)])
+def test_a_sharded_batch_keeps_its_rows_in_order(fsdp, tensor):
+    mesh = MeshConfig(fsdp=fsdp, tensor=tensor).make()
     rows = np.arange(32, dtype=np.int32).reshape(16, 2)
     batch = shard_batch(mesh, rows)
     np.testing.assert_array_equal(batch, rows)
     shards = [s.data.shape for s in batch.addressable_shards]
-    assert shards == [(2, 2)] * 8
+    assert shards == [(2 * tensor, 2)] * 8
+    assert num_shards(mesh) == num_local_shards(mesh) == 8 // tensor
     assert replicated(mesh).is_fully_replicated
 
 
