@@ -38,7 +38,12 @@ from rlhf_jax.stages.scoring import Sampler, fitting, make_kl, reward_measure
 from rlhf_jax.training import memory
 from rlhf_jax.training.activations import on_accelerator
 from rlhf_jax.training.loop import run_loop
-from rlhf_jax.training.mesh import jit_step, replicas, state_sharding
+from rlhf_jax.training.mesh import (
+    jit_step,
+    num_holders,
+    replicas,
+    state_sharding,
+)
 from rlhf_jax.training.room import require_room
 from rlhf_jax.training.run_dir import write_text
 
@@ -118,7 +123,7 @@ def predict_memory(
         (cfg.num_ptx_rows / mesh.size, cfg.ptx_len),
         cfg.num_slots,
         cfg.value == "shared",
-        mesh.shape["fsdp"],
+        num_holders(mesh),
         on_accelerator(),
     )
 

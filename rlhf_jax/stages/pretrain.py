@@ -25,6 +25,7 @@ from rlhf_jax.training.loop import LoopConfig, run_loop
 from rlhf_jax.training.mesh import (
     jit_measure,
     jit_step,
+    num_holders,
     num_local_shards,
     pad_rows,
     replicas,
@@ -202,7 +203,7 @@ def run(cfg: PretrainConfig, tokenizer_cfg: TokenizerConfig, ctx: Context) -> No
         text_row(cfg.seq_len, on_accelerator()),
         cfg.batch_size / ctx.mesh.size,
         cfg.num_microbatches,
-        ctx.mesh.shape["fsdp"],
+        num_holders(ctx.mesh),
     )
     require_room("pretrain", predicted, model, ("pretrain.seq_len",), ctx.mesh)
     batches = corpus_batches(

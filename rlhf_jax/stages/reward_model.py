@@ -36,6 +36,7 @@ from rlhf_jax.training.activations import on_accelerator, response_row
 from rlhf_jax.training.loop import LoopConfig, run_loop
 from rlhf_jax.training.mesh import (
     jit_step,
+    num_holders,
     num_local_shards,
     pad_rows,
     replicas,
@@ -160,7 +161,7 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         row,
         cfg.batch_size / ctx.mesh.size,
         cfg.num_microbatches,
-        ctx.mesh.shape["fsdp"],
+        num_holders(ctx.mesh),
     )
     lengths = ("reward_model.prompt_len", "reward_model.response_len")
     require_room("reward_model", predicted, base.cfg, lengths, ctx.mesh)

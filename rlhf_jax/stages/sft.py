@@ -24,6 +24,7 @@ from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.training.loop import LoopConfig, run_loop, tracked
 from rlhf_jax.training.mesh import (
     jit_step,
+    num_holders,
     num_local_shards,
     pad_rows,
     replicas,
@@ -126,7 +127,7 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
         text_row(cfg.seq_len, on_accelerator()),
         (cfg.batch_size + cfg.num_pretrain_rows) / ctx.mesh.size,
         cfg.num_microbatches,
-        ctx.mesh.shape["fsdp"],
+        num_holders(ctx.mesh),
     )
     require_room(name, predicted, model, (f"{name}.seq_len",), ctx.mesh)
 

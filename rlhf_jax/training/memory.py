@@ -78,7 +78,7 @@ def _backward(
     Args:
         parts: models trained together, and what they compute of each row.
         rows: [rows, T] at a time on one device, 1 at least.
-        fsdp: devices that share the parameters.
+        fsdp: devices that share one copy of the parameters, tensor among them.
         sets: of arrays of the parameters' size that are held while the logits are;
             while gradients are formed, 2 at least.
     """
@@ -109,7 +109,7 @@ def train_step(
         row: what is computed of each row.
         rows: [rows, T] of a batch on one device.
         parts: microbatches they are cut into.
-        fsdp: devices that share the parameters.
+        fsdp: devices that share one copy of the parameters, tensor among them.
     """
     weights = frozen_bytes(model, fsdp)
     sets = 2 if parts > 1 and not unrolled(model) else 1
@@ -149,7 +149,7 @@ def ppo_iteration(
         ptx: rows on one device and T of an iteration's pre-training text [rows, T].
         slots: responses decoded at a time; None means all.
         shared_value: whether the value model is a head on the policy.
-        fsdp: devices that share the parameters.
+        fsdp: devices that share one copy of the parameters, tensor among them.
         accelerator: whether on a GPU or TPU.
     """
     spoken = response_row(prompt, 1, length, accelerator, logits=length)

@@ -93,6 +93,11 @@ def num_local_shards(mesh: Mesh) -> int:
     return len(mesh.local_devices) // mesh.shape["tensor"]
 
 
+def num_holders(mesh: Mesh) -> int:
+    """Devices that hold one copy of the parameters between them: fsdp x tensor."""
+    return mesh.size // mesh.shape["data"]
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, jax.P())
