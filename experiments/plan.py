@@ -67,7 +67,10 @@ class Plan:
         """Raises ValueError, naming the field, for what no run could do."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and value <= 0:
+            may_be_0 = field.name == "ptx_per_episode"  # PPO without the text
+            if isinstance(value, int | float) and (
+                value < 0 or not (value or may_be_0)
+            ):
                 raise ValueError(f"{field.name} must be above 0, got {value}")
         parts = self.num_minibatches * self.num_microbatches
         for name, divisor in (("devices", self.devices), ("num_minibatches", parts)):
@@ -81,7 +84,9 @@ class Plan:
                 f"episodes {self.episodes} are fewer than batch_size {self.batch_size}"
             )
         row = self.prompt_len + self.response_len
-        lengths = {"prompt_len + response_len": row, "ptx_len": self.ptx_len}
+        lengths = {"prompt_len + response_len": row}
+        if self.ptx_per_episode:
+            lengths["ptx_len"] = self.ptx_len
         for name in (*self.policies, self.reward_model):
             max_len = PUBLISHED_SIZES[name].max_len
             for field, length in lengths.items():

@@ -76,6 +76,14 @@ def test_presets_fit_several_devices(name: str, devices: int) -> None:
     dataclasses.replace(PRESETS[name][1], data=Path("data")).check(devices)
 
 
+def test_the_readmes_commands_for_several_hosts_are_accepted() -> None:
+    """Two nodes of eight GPUs with fsdp; a TPU slice of four hosts with four chips."""
+    for options, processes in ((["--mesh.fsdp", "8"], 2), ([], 4)):
+        argv = ["gpu", *options, "--data", "DATA", "--run", "RUN"]
+        cfg = parse("experiments.instructgpt", "", argv)
+        cfg.check(num_devices=16, num_processes=processes)
+
+
 def test_ziegler_makes_the_published_number_of_gradient_steps() -> None:
     ppo = PRESETS["ziegler"][1].ppo
     assert ppo.num_iterations == math.ceil(1_000_000 / ppo.batch_size) == 1954

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.benchmark.timing import seconds
 from rlhf_jax.nn.config import TransformerConfig
 
 
@@ -21,6 +22,21 @@ def import_torch() -> tuple[Any, Any]:
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     return torch, transformers
+
+
+def torch_matmul_flops(device: Any, size: int = 2048) -> float:
+    """FLOP/s of `matmul_flops` by PyTorch: what the other side could reach."""
+    torch, _ = import_torch()
+    a = torch.randn(size, size, device=device)
+    on_gpu = torch.device(device).type == "cuda"
+
+    def product() -> None:
+        torch.matmul(a, a)
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    product()
+    return 2 * size**3 / min(seconds(product) for _ in range(20))
 
 
 def hf_generate(model: Any, ids: Any, length: int, **options: Any) -> Any:

@@ -121,7 +121,7 @@ def predict_memory(
         cfg.num_minibatches,
         cfg.num_microbatches,
         (cfg.num_ptx_rows / mesh.size, cfg.ptx_len),
-        cfg.num_slots,
+        None if cfg.num_slots is None else cfg.num_slots / mesh.size,
         cfg.value == "shared",
         num_holders(mesh),
         on_accelerator(),
@@ -147,6 +147,7 @@ def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
     check_compatible("sft_rl", reference, "reward_model", reward)
     predicted = predict_memory(cfg, reference.cfg, reward.cfg, ctx.mesh)
     lengths = (f"{name}.prompt_len", f"{name}.sampling.response_len")
+    lengths += (f"{name}.ptx_len",) if cfg.num_ptx_rows else ()
     require_room(name, predicted, reference.cfg, lengths, ctx.mesh)
 
     state, sharding = make_state(cfg, reference, reward, ctx.key(name), ctx.mesh)

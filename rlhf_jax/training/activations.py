@@ -54,7 +54,7 @@ def response_row(
 ) -> Row:
     """K responses [K, R] to one prompt [P], see `forward_responses`.
 
-    P - 1 + K (R + 1) tokens, about (P - 1)^2 + K (R + 1) (P + R) pairs
+    P - 1 + K (R + 1) tokens, `causal_pairs(P - 1)` + K (R + 1) (P + R) pairs
     """
     stem, own = prompt - 1, responses * (length + 1)
     pairs = causal_pairs(stem) + own * (prompt + length)
@@ -137,10 +137,12 @@ def gathered_bytes(model: TransformerConfig) -> float:
 
 
 def least_bytes(model: TransformerConfig, row: Row) -> float:
-    """What any compiler keeps of one row: the factors of each block's products.
+    """What any compiler keeps of one row: the residual stream [T, D] after each block.
 
-    10 [T, D] in `dtype`: input, q, k, v, attention's output, the MLP's input, its
-    hidden units [F]; with remat 1. Scores [T, S] need not exist.
+    On CPU the factors of each block's products, 10 [T, D] in `dtype` (input, q, k, v,
+    attention's output, the MLP's input, its hidden units [F]); with remat, or where XLA
+    may recompute by itself, 1. Scores [T, S] need not exist.
     """
-    layers, arrays = model.num_layers - row.last_only, 1 if model.remat else 10
+    layers = model.num_layers - row.last_only
+    arrays = 1 if model.remat or row.accelerator else 10
     return layers * arrays * row.tokens * model.model_dim * BYTES[model.dtype]

@@ -41,7 +41,8 @@ class Memory:
         activations: kept for the backward pass, and of one block at work.
         logits: held at once.
         cache: keys and values while sampling.
-        least: what no compiler can do without, see `least_bytes`.
+        least: what no compiler can do without: the arguments, and the largest of one
+            set of gradients, `least_bytes` and half the cache.
     """
 
     parameters: float = 0.0
@@ -82,7 +83,7 @@ def _backward(
             while gradients are formed, 2 at least.
     """
     one_set = sum(frozen_bytes(model, fsdp) for model, _ in parts)
-    least = one_set + rows * sum(least_bytes(*part) for part in parts)
+    least = max(one_set, rows * sum(least_bytes(*part) for part in parts))
     rows = max(rows, 1.0)  # a device has a whole row, or none
     kept = rows * sum(kept_bytes(*part) for part in parts)
     if fsdp > 1:  # parameters gathered for their products
@@ -95,7 +96,7 @@ def _backward(
     at_head = Memory(gradients=sets * one_set, activations=kept, logits=2 * logits)
     at_block = Memory(gradients=max(sets, 2) * one_set, activations=kept + working)
     fullest = max(at_head, at_block, key=lambda m: m.temporaries)
-    return dataclasses.replace(fullest, least=least + logits)
+    return dataclasses.replace(fullest, least=least)
 
 
 def train_step(
@@ -134,11 +135,11 @@ def ppo_iteration(
     """The fullest phase of a PPO iteration: rollout, scores, update or ptx.
 
     Rollout: keys and values [L, B, N, P - 1 + R, H], those of the prompt twice while
-    they are laid out, and 3 arrays [B, V]. Scores: a forward pass of policy, reference,
-    value and reward model holds 6 [T, D], 1 [T, F] and the scores of attention, those
-    of the response twice; written out, all four advance together. Then 2 chunks of
-    logits of policy and reference each. Ptx: beside the pass of PPO, on which it does
-    not wait.
+    they are laid out (with slots: those of all prompts, and B slots), and 3 arrays
+    [B, V]. Scores: a forward pass of policy, reference, value and reward model holds
+    6 [T, D], 1 [T, F] and the scores of attention, those of the response twice; written
+    out, all four advance together. Then 2 chunks of logits of policy and reference
+    each. Ptx: beside the pass of PPO, on which it does not wait.
 
     Args:
         policy, reward: shapes; a value model of its own has the reward model's.
@@ -146,7 +147,7 @@ def ppo_iteration(
         prompt, length: P, R.
         minibatches, microbatches: parts of the episodes, parts of each part.
         ptx: rows on one device and T of an iteration's pre-training text [rows, T].
-        slots: responses decoded at a time; None means all.
+        slots: responses decoded at a time on one device; None means all.
         shared_value: whether the value model is a head on the policy.
         fsdp: devices that share one copy of the parameters, tensor among them.
         accelerator: whether on a GPU or TPU.
@@ -164,8 +165,10 @@ def ppo_iteration(
         both = (getattr(phases[0], name) + getattr(step, name) for name in _PARTS)
         phases.append(Memory(**dict(zip(_PARTS, both, strict=True)), least=step.least))
 
-    decoded = rows if slots is None else slots
-    cache = decoded * cache_bytes(policy, 1, 2 * (prompt - 1) + length)
+    decoded = rows if slots is None else min(slots, rows)
+    stem = prompt - 1
+    cache = rows * cache_bytes(policy, 1, stem)
+    cache += decoded * cache_bytes(policy, 1, stem + length)
     sampled = 3 * 4 * decoded * policy.vocab_size
     phases.append(Memory(cache=cache, logits=sampled, least=cache / 2))
 

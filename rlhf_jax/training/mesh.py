@@ -53,21 +53,17 @@ class MeshConfig:
         """All devices of all processes as (data, fsdp, tensor).
 
         Raises:
-            ValueError: see `shape`; if devices that share a layer would be of several
-                processes, each of which makes rows of its own.
+            ValueError: see `shape`; if a process has no whole number of groups along
+                tensor: each process makes rows of its own.
         """
-        shape = self.shape(jax.device_count())
+        shape, axis_types = self.shape(jax.device_count()), (AxisType.Auto,) * 3
+        if self.tensor == 1:
+            return jax.make_mesh(shape, AXES, axis_types=axis_types)
         _check_divides(
             "tensor", self.tensor, jax.local_device_count(), "devices of a process"
         )
-        mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
-        processes = np.vectorize(lambda d: d.process_index)(mesh.devices)
-        if (processes != processes[:, :, :1]).any():
-            raise ValueError(
-                f"tensor = {self.tensor} joins devices of several processes here; "
-                "choose a smaller one"
-            )
-        return mesh
+        devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+        return Mesh(np.reshape(devices, shape), AXES, axis_types=axis_types)
 
 
 def _check_divides(name: str, size: int, count: int, what: str) -> None:
@@ -159,7 +155,7 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % shards:
         raise ValueError(
-            f"{rows} rows per process cannot be dealt over {shards} local devices "
+            f"{rows} rows per process cannot be dealt over {shards} local parts "
             "(data x fsdp); make the batch size a multiple of their number"
         )
     if jax.process_count() == 1:  # all arrays at once: half the time

@@ -39,7 +39,7 @@ def describe(name: str, memory: Memory, limit: int | None) -> str:
     if limit is None:
         return line
     doubt = "; it may not fit" if memory.total > limit else ""
-    return f"{line} of {limit / GIB:.3g} GiB{doubt}"
+    return f"{line} of {limit / GIB:.4g} GiB{doubt}"
 
 
 def require_room(
@@ -51,7 +51,7 @@ def require_room(
 ) -> None:
     """Prints `describe` once, or raises.
 
-    Only `Memory.least` refuses: a prediction that is too high locks nobody out.
+    Only `Memory.least`, a lower bound, refuses.
 
     Args:
         name: of the stage, as in the config.
@@ -83,16 +83,18 @@ def advice(
     limit: int,
 ) -> list[str]:
     """What to change of a stage's config, for the arguments see `require_room`."""
-    if memory.arguments > limit:  # no batch is small enough
+    if memory.arguments + memory.optimizer / 2 > limit:  # gradients are half as much
         smaller = ("num_layers", "model_dim")
         return [
-            "raise mesh.fsdp (more devices)",
+            "raise mesh.fsdp or mesh.tensor (more devices)",
             *(f"lower pretrain.model.{field}" for field in smaller),
         ]
     steps = [f"raise {name}.num_microbatches"]
+    if memory.cache:  # sampling is the fullest moment
+        steps = [f"set or lower {name}.num_slots"]
     if not model.remat:
         steps.append("set pretrain.model.remat (a new run)")
-    steps.append("raise mesh.fsdp (more devices)")
+    steps.append("raise mesh.fsdp or mesh.tensor (more devices)")
     steps += [f"shorten {field}" for field in lengths]
     steps.append(f"lower {name}.batch_size")
     if model.dtype == "float32":

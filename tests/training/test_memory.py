@@ -32,8 +32,13 @@ from rlhf_jax.stages.pretrain import lm_loss
 from rlhf_jax.stages.reward_model import WeightedRankings, reward_loss
 from rlhf_jax.training import room
 from rlhf_jax.training.activations import kept_bytes, response_row, text_row
-from rlhf_jax.training.memory import Memory, train_step
-from rlhf_jax.training.mesh import batch_sharding, jit_step, state_sharding
+from rlhf_jax.training.memory import Memory, ppo_iteration, train_step
+from rlhf_jax.training.mesh import (
+    batch_sharding,
+    jit_step,
+    num_holders,
+    state_sharding,
+)
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
@@ -71,9 +76,9 @@ def floats(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def allocated(kind, loss, model, batch, parts):
+def allocated(kind, loss, model, batch, parts, mesh=None):
     """XLA's own account of a compiled step of pre-training or the reward model."""
-    mesh = some_devices(1, 1)
+    mesh = mesh or some_devices(1, 1)
     key = jax.random.key(0)
     state = jax.eval_shape(lambda: init_state(init_model(kind, key, model), key))
     sharding = state_sharding(mesh, state)
@@ -218,6 +223,40 @@ def test_more_devices_hold_less():
     assert eight.temporaries < one.temporaries / 4
 
 
+@pytest.mark.parametrize("shape_of_mesh", [(1, 8), (1, 1, 2)], ids=str)
+@pytest.mark.parametrize("vocab", [8192, 50257])
+def test_what_refuses_is_below_what_devices_hold_that_share_parameters(
+    shape_of_mesh, vocab
+):
+    """The vocabulary 50257 stays whole along tensor; a batch is cut over fsdp."""
+    mesh, model = some_devices(*shape_of_mesh), shape(2, vocab=vocab)
+    batch = TokenBatch(ids(16, T), ids(16, T), floats(16, T))  # type: ignore[arg-type]
+    found = allocated("language_model", lm_loss, model, batch, 1, mesh)
+    row, devices = text_row(T, False), num_holders(mesh)
+    memory = train_step(model, row, 16 / devices, fsdp=devices)
+    assert memory.least <= found.argument_size_in_bytes + found.temp_size_in_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_layers", [4, 12])
+def test_a_step_on_text_with_fsdp(num_layers):
+    mesh, model = some_devices(1, 8), shape(num_layers)
+    batch = TokenBatch(ids(16, T), ids(16, T), floats(16, T))  # type: ignore[arg-type]
+    found = allocated("language_model", lm_loss, model, batch, 1, mesh)
+    memory = train_step(model, text_row(T, False), 2, fsdp=8)
+    assert memory.temporaries == pytest.approx(found.temp_size_in_bytes, rel=0.1)
+
+
+def test_slots_need_the_prompts_and_their_own_cache():
+    """Never more than all episodes decoded at once with a cache as wide."""
+    model = shape(dtype="bfloat16", remat=True)
+
+    def at(slots):
+        return ppo_iteration(model, model, 64, 512, 512, 64, slots=slots).least
+
+    assert at(8) < at(64) == at(4096) == at(None)
+
+
 # ------------------------------------------------------------------------- refusals
 
 
@@ -305,10 +344,12 @@ runpy.run_module("experiments.pretrain", run_name="__main__")
         ({"num_microbatches": 3}, "num_minibatches x num_microbatches"),
         ({"prompt_len": 2048}, "prompt_len + response_len is 2304 tokens"),
         ({"policies": ("gpt2",)}, "ptx_len is 2048 tokens, more than the 1024 of gpt2"),
+        ({"ptx_per_episode": -1}, "ptx_per_episode must be above 0"),
         ({"episodes": 100}, "episodes 100 are fewer than batch_size 512"),
     ],
 )
 def test_a_plan_of_what_cannot_be_is_refused(changes, named):
     Plan().check()
+    Plan(ptx_per_episode=0).check()
     with pytest.raises(ValueError, match=re.escape(named)):
         dataclasses.replace(Plan(), **changes).check()
