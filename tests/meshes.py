@@ -18,6 +18,11 @@ def some_devices(data: int, fsdp: int, tensor: int = 1) -> jax.sharding.Mesh:
     return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
 
 
+def by_sizes(shape: tuple[int, ...] | str) -> str:
+    """Name of a test on a mesh, e.g. 2x1x2."""
+    return shape if isinstance(shape, str) else "x".join(map(str, shape))
+
+
 def one_update(loss, params, batch, data=1, fsdp=1, tensor=1, num_microbatches=1):
     """Parameters and metrics after the first update on data x fsdp x tensor devices."""
     mesh = some_devices(data, fsdp, tensor)

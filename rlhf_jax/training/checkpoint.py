@@ -76,10 +76,11 @@ def _compiled_checksum(sharding: Sharding | None) -> Callable[[Array], Array]:
 def checksums(tree: Any) -> Array:
     """The checksum of every leaf: uint32 [leaves].
 
-    Compiled for each shape of a leaf: all stages have nearly the same ones.
+    Compiled for each shape of a leaf: all stages have nearly the same ones. One at a
+    time: many small programs under way whose devices wait for each other hang on CPU.
     """
     one = _compiled_checksum(_everywhere(tree))
-    return jnp.stack([one(x) for x in jax.tree.leaves(tree)])
+    return jnp.stack([one(x).block_until_ready() for x in jax.tree.leaves(tree)])
 
 
 def _sealed(tree: Any) -> dict[str, Any]:

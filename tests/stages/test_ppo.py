@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import ppo_case as case
 import pytest
-from meshes import some_devices
+from meshes import by_sizes, some_devices
 
 from rlhf_jax.nn.transformer import forward
 from rlhf_jax.stages.common import Model
@@ -462,7 +462,7 @@ def test_a_sweep_at_once_equals_separate_runs(whole):
 
 
 @pytest.mark.parametrize(
-    "shape", [(4, 2), (1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 2, 2)], ids=str
+    "shape", [(4, 2), (1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 2, 2)], ids=by_sizes
 )
 def test_many_devices_do_what_one_does_and_frozen_models_stay(shape, whole):
     run, _ = whole

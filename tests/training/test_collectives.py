@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import some_devices
+from meshes import by_sizes, some_devices
 
 from rlhf_jax.data.batches import TokenBatch
 from rlhf_jax.nn.config import TransformerConfig
@@ -116,7 +116,7 @@ def tensor_program(
     return compiled.compile().as_text()
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 1, 2)], ids=by_sizes)
 def test_devices_that_share_layers_meet_twice_a_layer(shape):
     """After attention and after the MLP, and once for the embeddings; the head's are
     numbers of each token. Nothing else but all-reduces: no weights, rows or logits."""
@@ -129,7 +129,7 @@ def test_devices_that_share_layers_meet_twice_a_layer(shape):
     assert set(sizes) - numbers == {(rows, T, 16)}
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 1, 2)], ids=by_sizes)
 def test_an_update_gathers_nothing_along_tensor(shape):
     """And rows meet over data as gradients, each in the piece its device holds."""
     hlo = tensor_program(shape)
@@ -145,7 +145,7 @@ def test_an_update_gathers_nothing_along_tensor(shape):
 
 
 @pytest.mark.parametrize("num_layers", [2, 6])  # written out, and a loop
-@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 2), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 2), (2, 2, 2)], ids=by_sizes)
 def test_where_fsdp_cuts_weights_move_and_the_batch_stays(shape, num_layers):
     """Gathers are of parameters' shapes, in the piece that tensor leaves of them."""
     hlo = tensor_program(shape, num_layers=num_layers)

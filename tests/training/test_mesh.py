@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import some_devices
+from meshes import by_sizes, some_devices
 
 from rlhf_jax.data.batches import TokenBatch
 from rlhf_jax.nn.heads import init_scalar_head
@@ -98,7 +98,7 @@ MESHES = [(2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (1, 8)]
 MESHES += [(1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 2, 2), (4, 1, 2), (1, 4, 2), (1, 1, 4)]
 
 
-@pytest.mark.parametrize("shape", [*MESHES, "pmap"])
+@pytest.mark.parametrize("shape", [*MESHES, "pmap"], ids=by_sizes)
 def test_any_devices_learn_what_one_learns(shape, train, on_one_device):
     mesh = None if shape == "pmap" else some_devices(*shape)
     losses, state = train(mesh)
@@ -226,7 +226,9 @@ def test_rows_that_cannot_be_dealt_are_refused():
     shard_batch(MeshConfig(tensor=2).make(), {"x": np.zeros((12, 2))})
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 2, 2)], ids=by_sizes
+)
 def test_any_devices_sample_the_same_tokens(shape, tiny, random_params):
     model = tiny(vocab_size=16)
     rng = np.random.default_rng(0)
