@@ -1,6 +1,7 @@
 """What the devices say to each other, read from the compiled program."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -156,5 +157,7 @@ def test_where_fsdp_cuts_weights_move_and_the_batch_stays(shape, num_layers):
     of_rows = {T, B, B // data, rows, B * T, B * T // data, rows * T}
     for kind in ("all-gather", "all-to-all", "collective-permute"):
         assert not of_rows & {n for size in shapes(hlo, kind) for n in size}, kind
-    logits = f"f32[{rows * T},{V // tensor}]"
-    assert logits in hlo and f"f32[{B // data * T},{V // tensor}]" not in hlo
+    own = (rows * T, V // tensor)
+    assert f"f32[{own[0]},{own[1]}]" in hlo
+    for size in itertools.product((rows * T, B // data * T, B * T), (own[1], V)):
+        assert size == own or f"f32[{size[0]},{size[1]}]" not in hlo, size
