@@ -462,7 +462,16 @@ def test_a_sweep_at_once_equals_separate_runs(whole):
 
 
 @pytest.mark.parametrize(
-    "shape", [(4, 2), (1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 2, 2)], ids=by_sizes
+    "shape",
+    [
+        (4, 2),
+        (2, 2, 2),
+        *(
+            pytest.param(shape, marks=pytest.mark.slow)
+            for shape in [(1, 1, 2), (2, 1, 2), (1, 2, 2)]
+        ),
+    ],
+    ids=by_sizes,
 )
 def test_many_devices_do_what_one_does_and_frozen_models_stay(shape, whole):
     run, _ = whole
