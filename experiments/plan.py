@@ -9,8 +9,8 @@ in the backward pass (`remat`). Links between devices are not counted, and nothi
 said of what a rate will be there: give one you have measured.
 
 trained: parameters, moments, gradients. frozen: reference, average, reward model.
-cache: while sampling. activations, logits: of a microbatch, of PPO or of text. peak:
-all that is held at the fullest moment (`rlhf_jax.training.memory`).
+cache: while sampling. logits: of a microbatch of text. peak: all that is held at the
+fullest moment of an iteration (`rlhf_jax.training.memory`), activations: their part.
 """
 
 import dataclasses
@@ -67,10 +67,9 @@ class Plan:
         """Raises ValueError, naming the field, for what no run could do."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            may_be_0 = field.name == "ptx_per_episode"  # PPO without the text
-            if isinstance(value, int | float) and (
-                value < 0 or not (value or may_be_0)
-            ):
+            if field.name == "ptx_per_episode" and value == 0:
+                continue  # PPO without the text
+            if isinstance(value, int | float) and value <= 0:
                 raise ValueError(f"{field.name} must be above 0, got {value}")
         parts = self.num_minibatches * self.num_microbatches
         for name, divisor in (("devices", self.devices), ("num_minibatches", parts)):
@@ -134,7 +133,7 @@ def row(cfg: Plan, name: str) -> list[str]:
         cfg.num_minibatches,
         cfg.num_microbatches,
         (text, cfg.ptx_len),
-        fsdp=cfg.devices,
+        holders=cfg.devices,
         accelerator=True,
     )
     rows = text / (cfg.num_minibatches * cfg.num_microbatches)

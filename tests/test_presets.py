@@ -78,9 +78,10 @@ def test_presets_fit_several_devices(name: str, devices: int) -> None:
 
 def test_the_readmes_commands_for_several_hosts_are_accepted() -> None:
     """Two nodes of eight GPUs with fsdp; a TPU slice of four hosts with four chips."""
-    for options, processes in ((["--mesh.fsdp", "8"], 2), ([], 4)):
-        argv = ["gpu", *options, "--data", "DATA", "--run", "RUN"]
-        cfg = parse("experiments.instructgpt", "", argv)
+    text = (Path(__file__).parents[1] / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"experiments\.instructgpt (gpu .*--run /shared/\S+\w)", text)
+    for command, processes in zip(commands, (2, 4), strict=True):
+        cfg = parse("experiments.instructgpt", "", command.split())
         cfg.check(num_devices=16, num_processes=processes)
 
 

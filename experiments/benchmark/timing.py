@@ -52,8 +52,8 @@ def duel(
     """Times both sides in turn after a first call each; the ratio is theirs / ours.
 
     Every repetition gives one ratio of neighbouring times, so that a machine that slows
-    down does so for both; each time is the better of two calls, the first of which may
-    still find the other side's memory in the caches and its threads awake.
+    down does so for both; each time is the better of two calls, since the first after
+    a large step of the other side was often the slower one.
     """
     for side in (ours, theirs):
         seconds(side)

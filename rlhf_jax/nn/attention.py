@@ -8,7 +8,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 NEG_INF = -1e9  # finite, so that a row without any key gives no NaN
-MIN_BLOCK = 128  # positions; smaller blocks cost more than the masked half they skip
+MIN_BLOCK = 128  # positions; on CPU blocks of 64 were no faster
 FUSED_IMPLEMENTATION = "cudnn"  # of jax.nn.dot_product_attention
 
 

@@ -25,9 +25,9 @@ from rlhf_jax.stages.scoring import (
 )
 from rlhf_jax.training.loop import tracked
 from rlhf_jax.training.mesh import (
+    fill_shards,
     jit_measure,
     num_local_shards,
-    num_shards,
     pad_rows,
     shard_batch,
     shard_whole_batch,
@@ -189,8 +189,7 @@ class Measurer:
         """Scores of texts under the bare prompt."""
         cfg, tokenizer, fmt = self._cfg, self._reward.tokenizer, self._reward.format
         R = cfg.sampling.response_len
-        shards = num_shards(self._ctx.mesh)
-        rows = -(-cfg.batch_size // shards) * shards
+        rows = fill_shards(cfg.batch_size, self._ctx.mesh)
         out: list[float] = []
         num_cut = 0
         for first in range(0, len(responses), rows):

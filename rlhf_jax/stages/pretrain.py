@@ -19,13 +19,11 @@ from rlhf_jax.nn.transformer import forward
 from rlhf_jax.objectives.language_modeling import next_token_head, token_logprobs
 from rlhf_jax.objectives.masking import masked_sum
 from rlhf_jax.stages.common import Context, Model, init_model, save_model
-from rlhf_jax.training import memory
 from rlhf_jax.training.activations import on_accelerator, text_row
 from rlhf_jax.training.loop import LoopConfig, run_loop
 from rlhf_jax.training.mesh import (
     jit_measure,
     jit_step,
-    num_holders,
     num_local_shards,
     pad_rows,
     replicas,
@@ -33,7 +31,7 @@ from rlhf_jax.training.mesh import (
     state_sharding,
 )
 from rlhf_jax.training.optimizers import OptimizerConfig
-from rlhf_jax.training.room import require_room
+from rlhf_jax.training.room import require_room_to_train
 from rlhf_jax.training.run_dir import file_hash
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
@@ -198,14 +196,9 @@ def run(cfg: PretrainConfig, tokenizer_cfg: TokenizerConfig, ctx: Context) -> No
         return
     tokenizer = get_tokenizer(tokenizer_cfg, ctx)
     model = model_of_run(cfg, tokenizer.vocab_size, tokenizer.eos_id)
-    predicted = memory.train_step(
-        model,
-        text_row(cfg.seq_len, on_accelerator()),
-        cfg.batch_size / ctx.mesh.size,
-        cfg.num_microbatches,
-        num_holders(ctx.mesh),
-    )
-    require_room("pretrain", predicted, model, ("pretrain.seq_len",), ctx.mesh)
+    row = text_row(cfg.seq_len, on_accelerator())
+    batch, lengths = (cfg.batch_size, cfg.num_microbatches), ("pretrain.seq_len",)
+    require_room_to_train("pretrain", model, row, *batch, lengths, ctx.mesh)
     batches = corpus_batches(
         ctx, tokenizer, "train", cfg.batch_size, cfg.seq_len, ctx.data_seed("pretrain")
     )

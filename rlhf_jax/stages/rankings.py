@@ -16,7 +16,7 @@ from rlhf_jax.evaluation.rankings import ranking_report
 from rlhf_jax.objectives.ranking import ranking_accuracy
 from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.scoring import response_scores
-from rlhf_jax.training.mesh import jit_measure, num_shards, shard_whole_batch
+from rlhf_jax.training.mesh import fill_shards, jit_measure, shard_whole_batch
 
 
 class RankingLimits(Protocol):
@@ -37,8 +37,7 @@ class RankingScorer:
 
     def __init__(self, cfg: RankingLimits, model: Model, ctx: Context):
         self._cfg, self._model, self._ctx = cfg, model, ctx
-        shards = num_shards(ctx.mesh)
-        self._rows = -(-min(cfg.batch_size, 32) // shards) * shards
+        self._rows = fill_shards(min(cfg.batch_size, 32), ctx.mesh)
         self._score = jit_measure(response_scores, ctx.mesh, model=model.cfg)
 
     def __call__(

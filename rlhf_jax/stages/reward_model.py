@@ -31,19 +31,17 @@ from rlhf_jax.stages.rankings import (
     score_demonstrations,
 )
 from rlhf_jax.stages.scoring import response_scores
-from rlhf_jax.training import memory
 from rlhf_jax.training.activations import on_accelerator, response_row
 from rlhf_jax.training.loop import LoopConfig, run_loop
 from rlhf_jax.training.mesh import (
     jit_step,
-    num_holders,
     num_local_shards,
     pad_rows,
     replicas,
     state_sharding,
 )
 from rlhf_jax.training.optimizers import OptimizerConfig
-from rlhf_jax.training.room import require_room
+from rlhf_jax.training.room import require_room_to_train
 from rlhf_jax.training.run_dir import file_hash, write_text
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
@@ -156,15 +154,9 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         on_accelerator(),
         last_only=True,
     )
-    predicted = memory.train_step(
-        base.cfg,
-        row,
-        cfg.batch_size / ctx.mesh.size,
-        cfg.num_microbatches,
-        num_holders(ctx.mesh),
-    )
+    batch = (cfg.batch_size, cfg.num_microbatches)
     lengths = ("reward_model.prompt_len", "reward_model.response_len")
-    require_room("reward_model", predicted, base.cfg, lengths, ctx.mesh)
+    require_room_to_train("reward_model", base.cfg, row, *batch, lengths, ctx.mesh)
     train = list(itertools.chain(*read_rankings(ctx, "train").values()))
     valid = list(itertools.chain(*read_rankings(ctx, "valid").values()))
     batches = ranking_batches(

@@ -18,7 +18,7 @@ from rlhf_jax.nn.sampling import Rollout, Sampling, contract_logits, generate
 from rlhf_jax.objectives.language_modeling import token_logprobs
 from rlhf_jax.objectives.masking import response_mask
 from rlhf_jax.stages.common import Context, Model
-from rlhf_jax.training.mesh import jit_measure, num_shards, shard_whole_batch
+from rlhf_jax.training.mesh import fill_shards, jit_measure, shard_whole_batch
 
 Array = jax.Array
 
@@ -160,13 +160,12 @@ class Sampler:
             model: gives shape, tokenizer and format; parameters come with each call.
             sampling: contract.
             prompt_len: longest prompt in tokens, P.
-            batch_size: prompts at a time, made a multiple of `num_shards`.
+            batch_size: prompts at a time, see `fill_shards`.
             ctx: the run.
         """
         self.model, self.sampling = model, sampling
         self._prompt_len, self._ctx = prompt_len, ctx
-        shards = num_shards(ctx.mesh)
-        self._batch_size = -(-batch_size // shards) * shards
+        self._batch_size = fill_shards(batch_size, ctx.mesh)
         tokenizer = model.tokenizer
         self._generate = jit_measure(
             generate,

@@ -18,20 +18,18 @@ from rlhf_jax.stages.common import (
 )
 from rlhf_jax.stages.pretrain import corpus_batches, lm_loss, make_heldout_loss
 from rlhf_jax.stages.scoring import Sampler, fitting, reward_measure
-from rlhf_jax.training import memory
 from rlhf_jax.training.activations import on_accelerator, text_row
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.training.loop import LoopConfig, run_loop, tracked
 from rlhf_jax.training.mesh import (
     jit_step,
-    num_holders,
     num_local_shards,
     pad_rows,
     replicas,
     state_sharding,
 )
 from rlhf_jax.training.optimizers import OptimizerConfig
-from rlhf_jax.training.room import require_room
+from rlhf_jax.training.room import require_room_to_train
 from rlhf_jax.training.run_dir import RunDirError
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
@@ -122,14 +120,10 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
         return
     base = load_model(parent, ctx.mesh, "language_model")
     model = dataclasses.replace(base.cfg, dropout=cfg.dropout)
-    predicted = memory.train_step(
-        model,
-        text_row(cfg.seq_len, on_accelerator()),
-        (cfg.batch_size + cfg.num_pretrain_rows) / ctx.mesh.size,
-        cfg.num_microbatches,
-        num_holders(ctx.mesh),
-    )
-    require_room(name, predicted, model, (f"{name}.seq_len",), ctx.mesh)
+    row = text_row(cfg.seq_len, on_accelerator())
+    batch = (cfg.batch_size + cfg.num_pretrain_rows, cfg.num_microbatches)
+    lengths = (f"{name}.seq_len",)
+    require_room_to_train(name, model, row, *batch, lengths, ctx.mesh)
 
     def batches_of(split: str, seed: int | None) -> Batches:
         return demonstration_batches(

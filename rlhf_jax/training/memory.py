@@ -1,6 +1,7 @@
 """What a step will hold on each device, from its shapes, before it is compiled.
 
-What it is given (parameters, moments, frozen models) is exact. What it holds meanwhile
+What it is given (parameters, moments, frozen models) is exact where all devices that
+hold a copy hold equal parts: `tensor` leaves some leaves whole. What it holds meanwhile
 depends on what the compiler lets live at a time; the larger of two moments is taken:
 the head at work on the last states, or one block's backward pass.
 
@@ -71,22 +72,22 @@ class Memory:
 
 
 def _backward(
-    parts: list[tuple[TransformerConfig, Row]], rows: float, fsdp: int, sets: int
+    parts: list[tuple[TransformerConfig, Row]], rows: float, holders: int, sets: int
 ) -> Memory:
     """The fullest moment of one forward and backward pass.
 
     Args:
         parts: models trained together, and what they compute of each row.
         rows: [rows, T] at a time on one device, 1 at least.
-        fsdp: devices that share one copy of the parameters, tensor among them.
+        holders: devices that hold one copy of the parameters between them.
         sets: of arrays of the parameters' size that are held while the logits are;
             while gradients are formed, 2 at least.
     """
-    one_set = sum(frozen_bytes(model, fsdp) for model, _ in parts)
+    one_set = sum(frozen_bytes(model, holders) for model, _ in parts)
     least = max(one_set, rows * sum(least_bytes(*part) for part in parts))
     rows = max(rows, 1.0)  # a device has a whole row, or none
     kept = rows * sum(kept_bytes(*part) for part in parts)
-    if fsdp > 1:  # parameters gathered for their products
+    if holders > 1:  # parameters gathered for their products
         kept += sum(gathered_bytes(model) for model, _ in parts)
     for model, _ in parts:  # weights in the dtype of the products, for both passes
         if model.dtype != "float32" and not model.remat:
@@ -100,7 +101,7 @@ def _backward(
 
 
 def train_step(
-    model: TransformerConfig, row: Row, rows: float, parts: int = 1, fsdp: int = 1
+    model: TransformerConfig, row: Row, rows: float, parts: int = 1, holders: int = 1
 ) -> Memory:
     """A step of pre-training, SFT or the reward model.
 
@@ -109,11 +110,11 @@ def train_step(
         row: what is computed of each row.
         rows: [rows, T] of a batch on one device.
         parts: microbatches they are cut into.
-        fsdp: devices that share one copy of the parameters, tensor among them.
+        holders: devices that hold one copy of the parameters between them.
     """
-    weights = frozen_bytes(model, fsdp)
+    weights = frozen_bytes(model, holders)
     sets = 2 if parts > 1 and not unrolled(model) else 1
-    step = _backward([(model, row)], rows / parts, fsdp, sets)
+    step = _backward([(model, row)], rows / parts, holders, sets)
     given = Memory(parameters=weights, optimizer=2 * weights)
     return _with_arguments(given, [step])
 
@@ -129,7 +130,7 @@ def ppo_iteration(
     ptx: tuple[float, int] = (0, 0),
     slots: float | None = None,
     shared_value: bool = False,
-    fsdp: int = 1,
+    holders: int = 1,
     accelerator: bool = False,
 ) -> Memory:
     """The fullest phase of a PPO iteration: rollout, scores, update or ptx.
@@ -149,7 +150,7 @@ def ppo_iteration(
         ptx: rows on one device and T of an iteration's pre-training text [rows, T].
         slots: responses decoded at a time on one device; None means all.
         shared_value: whether the value model is a head on the policy.
-        fsdp: devices that share one copy of the parameters, tensor among them.
+        holders: devices that hold one copy of the parameters between them.
         accelerator: whether on a GPU or TPU.
     """
     spoken = response_row(prompt, 1, length, accelerator, logits=length)
@@ -157,11 +158,11 @@ def ppo_iteration(
     own_value = [] if shared_value else [(reward, valued)]
     parts = minibatches * microbatches
     sets = 2 if microbatches == 1 else 3
-    phases = [_backward([(policy, spoken), *own_value], rows / parts, fsdp, sets)]
+    phases = [_backward([(policy, spoken), *own_value], rows / parts, holders, sets)]
     ptx_rows, ptx_len = ptx
     if ptx_rows:
         text = text_row(ptx_len, accelerator)
-        step = _backward([(policy, text)], ptx_rows / parts, fsdp, 1)
+        step = _backward([(policy, text)], ptx_rows / parts, holders, 1)
         both = (getattr(phases[0], name) + getattr(step, name) for name in _PARTS)
         phases.append(Memory(**dict(zip(_PARTS, both, strict=True)), least=step.least))
 
@@ -184,7 +185,7 @@ def ppo_iteration(
     phases.append(Memory(activations=rows * together(forwards)))
     phases.append(Memory(logits=4 * logits_bytes(policy, rows, spoken)))
 
-    of_policy, of_reward = (frozen_bytes(model, fsdp) for model in (policy, reward))
+    of_policy, of_reward = (frozen_bytes(model, holders) for model in (policy, reward))
     trained = of_policy + (0.0 if shared_value else of_reward)
     given = Memory(
         parameters=trained + of_policy,

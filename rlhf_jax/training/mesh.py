@@ -29,8 +29,8 @@ class MeshConfig:
     """How devices are used; the results do not depend on it."""
 
     fsdp: int = 1
-    """Groups of devices that share one copy of the parameters; the others hold
-    replicas."""
+    """Devices, or groups of `tensor` of them, that share one copy of the parameters;
+    the others hold replicas."""
     tensor: int = 1
     """Devices of one process that share each layer's work on the same rows: attention
     heads, the MLP's width and the vocabulary are dealt over them. What it does not
@@ -79,13 +79,14 @@ def replicas(mesh: Mesh) -> Mesh | None:
     return mesh if 1 < mesh.size == mesh.shape["data"] else None
 
 
-def num_shards(mesh: Mesh) -> int:
-    """Parts that the rows of a batch are dealt into: data x fsdp."""
-    return mesh.size // mesh.shape["tensor"]
+def fill_shards(rows: int, mesh: Mesh) -> int:
+    """Rows of a batch [rows, ...] rounded up to a multiple of data x fsdp."""
+    shards = mesh.size // mesh.shape["tensor"]
+    return -(-rows // shards) * shards
 
 
 def num_local_shards(mesh: Mesh) -> int:
-    """Those of `num_shards` that are on this process's devices."""
+    """Parts, of data x fsdp in all, that this process's devices hold of a batch."""
     return len(mesh.local_devices) // mesh.shape["tensor"]
 
 
@@ -166,9 +167,10 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
 
 
 def shard_whole_batch(mesh: Mesh, batch: Any) -> Any:
-    """Deals the rows of a NumPy batch that every process holds whole, see `num_shards`.
+    """Deals the rows of a NumPy batch that every process holds whole.
 
     For batches in order, whose results every process needs: evaluation and sampling.
+    Their number is one of `fill_shards`.
     """
     sharding = batch_sharding(mesh)
 

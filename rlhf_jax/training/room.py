@@ -8,7 +8,9 @@ from typing import Any
 import jax
 
 from rlhf_jax.nn.config import TransformerConfig
-from rlhf_jax.training.memory import Memory
+from rlhf_jax.training.activations import Row
+from rlhf_jax.training.memory import Memory, train_step
+from rlhf_jax.training.mesh import num_holders
 
 GIB = 2**30
 
@@ -73,6 +75,28 @@ def require_room(
         f"{line}: at least {memory.least / GIB:.2f} GiB is needed. What helps, the "
         f"most useful first: {'; '.join(advice(name, memory, model, lengths, limit))}"
     )
+
+
+def require_room_to_train(
+    name: str,
+    model: TransformerConfig,
+    row: Row,
+    batch_size: int,
+    num_microbatches: int,
+    lengths: tuple[str, ...],
+    mesh: jax.sharding.Mesh,
+) -> None:
+    """`require_room` for steps of pre-training, SFT or the reward model.
+
+    Args:
+        name, model, lengths, mesh: see `require_room`.
+        row: what is computed of each row.
+        batch_size: rows [B, T] of a step on all devices.
+        num_microbatches: parts they are cut into.
+    """
+    rows = batch_size / mesh.size
+    memory = train_step(model, row, rows, num_microbatches, num_holders(mesh))
+    require_room(name, memory, model, lengths, mesh)
 
 
 def advice(

@@ -218,7 +218,7 @@ def test_a_loop_keeps_what_autodiff_asks_for(remat, dropout):
 
 def test_more_devices_hold_less():
     model, row = shape(), text_row(T, False)
-    one, eight = train_step(model, row, 64), train_step(model, row, 8, fsdp=8)
+    one, eight = train_step(model, row, 64), train_step(model, row, 8, holders=8)
     assert eight.arguments == one.arguments / 8
     assert eight.temporaries < one.temporaries / 4
 
@@ -233,7 +233,7 @@ def test_what_refuses_is_below_what_devices_hold_that_share_parameters(
     batch = TokenBatch(ids(16, T), ids(16, T), floats(16, T))  # type: ignore[arg-type]
     found = allocated("language_model", lm_loss, model, batch, 1, mesh)
     row, devices = text_row(T, False), num_holders(mesh)
-    memory = train_step(model, row, 16 / devices, fsdp=devices)
+    memory = train_step(model, row, 16 / devices, holders=devices)
     assert memory.least <= found.argument_size_in_bytes + found.temp_size_in_bytes
 
 
@@ -243,7 +243,7 @@ def test_a_step_on_text_with_fsdp(num_layers):
     mesh, model = some_devices(1, 8), shape(num_layers)
     batch = TokenBatch(ids(16, T), ids(16, T), floats(16, T))  # type: ignore[arg-type]
     found = allocated("language_model", lm_loss, model, batch, 1, mesh)
-    memory = train_step(model, text_row(T, False), 2, fsdp=8)
+    memory = train_step(model, text_row(T, False), 2, holders=8)
     assert memory.temporaries == pytest.approx(found.temp_size_in_bytes, rel=0.1)
 
 

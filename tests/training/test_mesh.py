@@ -17,10 +17,10 @@ from rlhf_jax.stages.ppo_state import init_ppo_state
 from rlhf_jax.stages.pretrain import lm_loss
 from rlhf_jax.training.mesh import (
     MeshConfig,
+    fill_shards,
     jit_measure,
     jit_step,
     num_local_shards,
-    num_shards,
     pad_rows,
     pmap_step,
     replicas,
@@ -264,7 +264,9 @@ def test_a_sharded_batch_keeps_its_rows_in_order(fsdp, tensor):
     np.testing.assert_array_equal(batch, rows)
     shards = [s.data.shape for s in batch.addressable_shards]
     assert shards == [(2 * tensor, 2)] * 8
-    assert num_shards(mesh) == num_local_shards(mesh) == 8 // tensor
+    shards = num_local_shards(mesh)
+    assert shards == 8 // tensor
+    assert [fill_shards(n, mesh) for n in (1, 8, 9)] == [shards, 8, 9 + -9 % shards]
     assert replicated(mesh).is_fully_replicated
 
 
