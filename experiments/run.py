@@ -19,7 +19,11 @@ from rlhf_jax.data.sources import DataError
 from rlhf_jax.stages.common import Context
 from rlhf_jax.stages.invariants import InvariantError
 from rlhf_jax.training.checkpoint import CheckpointError
-from rlhf_jax.training.host import all_processes_agree, keep_freed_memory
+from rlhf_jax.training.host import (
+    all_processes_agree,
+    keep_freed_memory,
+    of_several,
+)
 from rlhf_jax.training.metrics import NonFiniteError
 from rlhf_jax.training.room import MemoryLimitError
 from rlhf_jax.training.run_dir import RunDirError, lock_run
@@ -124,8 +128,9 @@ def main(
         InvariantError,
     ) as error:
         _fail(f"error: {error}", error)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        alone = jax.process_count() == 1
+        if alone or (isinstance(error, ValueError) and not of_several(error)):
             raise
         _fail(
             f"error: process {jax.process_index()} of {jax.process_count()} cannot go "

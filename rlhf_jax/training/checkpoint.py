@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 
-from rlhf_jax.training.host import all_processes_agree
+from rlhf_jax.training.host import all_processes_agree, of_several
 
 Array = jax.Array
 
@@ -29,6 +29,8 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax raises many types where a disk is full
+        if of_several(error):
+            raise  # the disk is not to blame
         raise CheckpointError(
             f"{path}: cannot be written ({type(error).__name__}: {str(error)[:300]}). "
             "What was saved before is kept: free some space or mend the permissions, "
@@ -215,6 +217,8 @@ def load_params(path: Path, like: Any) -> Any:
             raise ValueError("another shape than its config")
         return _opened(sealed)
     except Exception as error:  # Orbax raises many types for a broken file
+        if of_several(error):
+            raise  # nor are the files
         raise CheckpointError(
             f"{path}: cannot be read ({type(error).__name__}: {str(error)[:500]}). The "
             "files are damaged or belong to a model of another shape; delete the "

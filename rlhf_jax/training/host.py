@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 
 import jax
 import numpy as np
@@ -14,6 +15,21 @@ def all_processes_agree(ok: bool) -> bool:
     if jax.process_count() == 1:
         return ok
     return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
+
+
+_OF_A_COLLECTIVE = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE|[Bb]arrier|oordination")
+
+
+def of_several(error: BaseException) -> bool:
+    """Whether what several processes do together failed, as when another has ended.
+
+    XLA and Orbax raise that as JaxRuntimeError or ValueError: its text tells.
+    """
+    return (
+        jax.process_count() > 1
+        and isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+        and _OF_A_COLLECTIVE.search(str(error)) is not None
+    )
 
 
 def keep_freed_memory() -> None:

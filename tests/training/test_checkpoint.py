@@ -373,3 +373,39 @@ def test_a_disk_that_is_full_is_named_with_the_way_out(tmp_path, monkeypatch, ca
             checkpoints.close()
         assert str(tmp_path / "checkpoints") in str(e.value)
     checkpoints.close()
+
+
+LOST = (
+    "UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]: Connection reset by peer"
+)
+
+
+@pytest.mark.parametrize("error", [ValueError(LOST), jax.errors.JaxRuntimeError(LOST)])
+def test_another_process_that_ended_is_not_taken_for_a_full_disk_or_a_damaged_file(
+    tmp_path, monkeypatch, error
+):
+    """Who follows "delete the folder" then would lose what is whole."""
+    like = shapes(make_state(0).params)
+    save_params(tmp_path / "params", make_state(1).params)
+
+    def lost(*_, **__):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        raise error
+
+    monkeypatch.setattr("rlhf_jax.training.checkpoint.checksums", lost)
+    for call in (
+        lambda: save_params(tmp_path / "params", make_state(1).params),
+        lambda: load_params(tmp_path / "params", like),
+    ):
+        with pytest.raises(type(error), match="Gloo AllGather"):
+            call()
+        monkeypatch.setattr(jax, "process_count", lambda: 1)
+
+
+def test_alone_no_other_process_is_to_blame(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError(LOST)
+
+    monkeypatch.setattr("rlhf_jax.training.checkpoint.checksums", broken)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save_params(tmp_path / "params", make_state(1).params)
