@@ -26,20 +26,25 @@ def case(tiny, random_params):
     return args, static
 
 
-def run(case, slots, seed, sampling=None):
+def sampler(case, slots, sampling=None):
     (params, prompts, lengths), static = case
     sampling = Sampling(response_len=R) if sampling is None else sampling
     fn, more = generate, {}
     if slots is not None:
         fn, more = generate_refilled, {"num_slots": slots}
     fn = jax.jit(functools.partial(fn, **static, **more, sampling=sampling))
-    return fn(params, prompts, lengths, jax.random.key(seed), 0.8)
+    return lambda seed: fn(params, prompts, lengths, jax.random.key(seed), 0.8)
+
+
+def run(case, slots, seed, sampling=None):
+    return sampler(case, slots, sampling)(seed)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4, N, N + 5])
 def test_slots_draw_the_tokens_of_all_rows_at_once(case, slots):
+    at_once, in_slots = sampler(case, None), sampler(case, slots)
     for seed in range(4):
-        expected, actual = run(case, None, seed), run(case, slots, seed)
+        expected, actual = at_once(seed), in_slots(seed)
         assert len(set(map(int, expected.lengths))) > 2  # slots do end apart
         chex.assert_trees_all_close(actual, expected, atol=2e-5)
 

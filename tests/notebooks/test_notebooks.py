@@ -54,6 +54,7 @@ def test_a_notebook_is_stored_without_outputs(path):
         assert cell.execution_count is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
     notebook = read(path)

@@ -162,7 +162,24 @@ def test_a_small_set_of_rankings_is_learned_perfectly(params):
     assert float(state.params["head"]["shift"]) == float(params["head"]["shift"])
 
 
-def test_an_update_knows_neither_devices_nor_microbatches(params):
+@pytest.mark.parametrize(
+    "others",
+    [
+        [{"num_microbatches": 4}, {"data": 2, "fsdp": 2, "tensor": 2}],
+        pytest.param(
+            [
+                {"data": 4, "fsdp": 2},
+                {"data": 2, "num_microbatches": 2},
+                {"tensor": 2},
+                {"data": 2, "tensor": 2, "num_microbatches": 2},
+                {"fsdp": 2, "tensor": 2},
+            ],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["some", "more"],
+)
+def test_an_update_knows_neither_devices_nor_microbatches(params, others):
     batch = jax.tree.map(
         lambda x: np.concatenate([x, x]), jax.device_get(weighted(RANKINGS))
     )
@@ -170,20 +187,13 @@ def test_an_update_knows_neither_devices_nor_microbatches(params):
 
     loss = functools.partial(reward_loss, model=MODEL)
     expected = one_update(loss, params, batch)
-    for other in (
-        {"data": 4, "fsdp": 2},
-        {"num_microbatches": 4},
-        {"data": 2, "num_microbatches": 2},
-        {"tensor": 2},
-        {"data": 2, "tensor": 2, "num_microbatches": 2},
-        {"fsdp": 2, "tensor": 2},
-        {"data": 2, "fsdp": 2, "tensor": 2},
-    ):
+    for other in others:
         case.assert_trees_close(
             one_update(loss, params, batch, **other), expected, rtol=1e-4, atol=1e-5
         )
 
 
+@pytest.mark.slow
 def test_known_utilities_come_back_from_bradley_terry_choices(params):
     """P(i over j) = sigmoid(u_i - u_j), six responses: the scores are u + constant."""
     utilities = np.array([-1.5, -0.5, 0.0, 0.4, 1.0, 2.0])

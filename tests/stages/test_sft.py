@@ -100,18 +100,28 @@ def test_mixing_weighs_both_losses_by_the_fraction():
     np.testing.assert_allclose(both, 0.75 * first + 0.25 * second, rtol=1e-5)
 
 
-def test_an_update_knows_neither_devices_nor_microbatches():
+@pytest.mark.parametrize(
+    "others",
+    [
+        [{"num_microbatches": 2}, {"data": 4, "fsdp": 2}],
+        pytest.param(
+            [
+                *({"data": 8}, {"fsdp": 8}, {"num_microbatches": 8}),
+                {"data": 2, "fsdp": 2, "tensor": 2, "num_microbatches": 2},
+            ],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["some", "more"],
+)
+def test_an_update_knows_neither_devices_nor_microbatches(others):
     """Rows of ragged responses beside rows of text."""
     some = [Demonstration("ab"[: 1 + i % 2], "cdefg"[: 1 + i]) for i in range(5)]
     demonstrations = jax.tree.map(np.asarray, batch_of(some))
     batch = mixed_batches(lambda step: demonstrations, text_batch, 0.25)(5)
     loss = functools.partial(lm_loss, model=case.MODEL)
     expected = one_update(loss, case.transformer(0), batch)
-    for other in (
-        *({"data": 8}, {"fsdp": 8}, {"data": 4, "fsdp": 2}),
-        *({"num_microbatches": 2}, {"num_microbatches": 8}),
-        {"data": 2, "fsdp": 2, "tensor": 2, "num_microbatches": 2},
-    ):
+    for other in others:
         case.assert_trees_close(
             one_update(loss, case.transformer(0), batch, **other),
             expected,

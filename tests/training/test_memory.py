@@ -97,11 +97,11 @@ def assert_predicted(memory: Memory, found, rel: float = 0.1) -> None:
 @pytest.mark.parametrize(
     ("model", "parts"),
     [
-        (shape(), 1),
         (shape(), 4),
         (shape(vocab=50257), 1),  # in four chunks of logits
         (shape(12), 1),
-        (shape(12, remat=True), 4),
+        pytest.param(shape(), 1, marks=pytest.mark.slow),
+        pytest.param(shape(12, remat=True), 4, marks=pytest.mark.slow),
         pytest.param(shape(dropout=0.2), 1, marks=pytest.mark.slow),
         pytest.param(shape(12), 4, marks=pytest.mark.slow),
         pytest.param(shape(12, remat=True), 1, marks=pytest.mark.slow),
@@ -223,8 +223,16 @@ def test_more_devices_hold_less():
     assert eight.temporaries < one.temporaries / 4
 
 
-@pytest.mark.parametrize("shape_of_mesh", [(1, 8), (1, 1, 2)], ids=str)
-@pytest.mark.parametrize("vocab", [8192, 50257])
+@pytest.mark.parametrize(
+    ("shape_of_mesh", "vocab"),
+    [
+        ((1, 8), 8192),
+        ((1, 1, 2), 50257),
+        pytest.param((1, 8), 50257, marks=pytest.mark.slow),
+        pytest.param((1, 1, 2), 8192, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_what_refuses_is_below_what_devices_hold_that_share_parameters(
     shape_of_mesh, vocab
 ):
