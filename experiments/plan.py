@@ -117,8 +117,8 @@ def row(cfg: Plan, name: str) -> list[str]:
     rates = cfg.flops_per_second, cfg.bytes_per_second
     hours = iterations * sum(w.seconds(*rates) for w in phases.values()) / 3600
     trained = sum(costs.training_bytes(m, cfg.devices) for m in (policy, reward))
-    models = (policy, policy, reward)  # the average of the policy, reference, reward
-    frozen = sum(costs.frozen_bytes(m, cfg.devices) for m in models)
+    frozen = costs.param_bytes(policy, cfg.devices)  # its average
+    frozen += sum(costs.frozen_bytes(m, cfg.devices) for m in (policy, reward))
     columns = cfg.prompt_len + cfg.response_len
     cache = costs.cache_bytes(policy, cfg.batch_size, columns) / cfg.devices
     episodes, text = (

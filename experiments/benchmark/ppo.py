@@ -21,9 +21,9 @@ from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.nn.transformer import forward, init_params
 from rlhf_jax.stages.ppo import ppo_update
 from rlhf_jax.stages.ppo_state import (
-    Frozen,
     PPOConfig,
     PPOInputs,
+    freeze,
     init_ppo_state,
 )
 from rlhf_jax.stages.pretrain import lm_loss
@@ -63,7 +63,8 @@ def our_iteration(work: Workload) -> tuple[dict[str, Any], Callable[[], Any]]:
     head = init_scalar_head(jax.random.key(2), work.model.model_dim)
     reward = {"transformer": value, "head": head}
     copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731
-    frozen = Frozen(reference=copy(policy), reward_model=copy(reward))
+    shapes = {"model": work.model, "reward_cfg": work.model}
+    frozen = freeze(copy(policy), copy(reward), cfg=cfg, **shapes)
     start = jax.device_get({"policy": policy, "reward": reward})
     V, shape = work.model.vocab_size, (work.episodes, work.prompt_len)
     prompts = np.random.default_rng(0).integers(2, V, shape).astype(np.int32)

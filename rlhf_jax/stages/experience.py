@@ -28,6 +28,7 @@ from rlhf_jax.stages.ppo_state import (
     PPOInputs,
     PPOScalars,
     PPOState,
+    on_device,
 )
 from rlhf_jax.stages.scoring import policy_logprobs, rollout_scores
 
@@ -113,7 +114,7 @@ def make_experience(
 
     Args:
         state: reads the policy, the value model and the KL coefficient.
-        frozen: reference and reward model.
+        frozen: of `freeze`.
         inputs: prompts, [B, P].
         rollout: responses, [B, R].
         scalars: temperature, gamma, lam.
@@ -122,6 +123,8 @@ def make_experience(
     Returns:
         The experience, arrays [B, R], and what to watch of it.
     """
+    if cfg.offload_frozen:
+        frozen = on_device(frozen)
     ids = (inputs.prompts, inputs.prompt_lengths, rollout.responses)
     mask = response_mask(rollout.lengths, cfg.sampling.response_len)
     contract = (scalars.temperature, cfg.sampling, model)

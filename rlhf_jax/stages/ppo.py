@@ -205,7 +205,7 @@ def ppo_update(
     Args:
         state: everything PPO changes.
         inputs: prompts [B, P] and pre-training rows.
-        frozen: reference and reward model.
+        frozen: reference and reward model, of `freeze` or as they were trained.
         scalars: floats, traced: a sweep over them does not recompile and may `vmap`.
         cfg, model, reward_model: shapes and control flow.
         eos_id, pad_id: token ids; they may be equal.

@@ -23,11 +23,12 @@ from rlhf_jax.stages.common import (
 from rlhf_jax.stages.invariants import check_invariants, warn_of_trouble
 from rlhf_jax.stages.ppo import ppo_update
 from rlhf_jax.stages.ppo_state import (
-    Frozen,
     PPOConfig,
     PPOInputs,
     PPOState,
+    freeze,
     init_ppo_state,
+    on_device,
 )
 from rlhf_jax.stages.pretrain import (
     corpus_batches,
@@ -125,6 +126,7 @@ def predict_memory(
         cfg.value == "shared",
         num_holders(mesh),
         on_accelerator(),
+        cfg.offload_frozen,
     )
 
 
@@ -151,7 +153,15 @@ def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
     require_room(name, predicted, reference.cfg, lengths, ctx.mesh)
 
     state, sharding = make_state(cfg, reference, reward, ctx.key(name), ctx.mesh)
-    frozen = Frozen(reference=reference.params, reward_model=reward.params)
+    frozen = freeze(
+        reference.params,
+        reward.params,
+        cfg=cfg,
+        model=reference.cfg,
+        reward_cfg=reward.cfg,
+    )
+    reference = dataclasses.replace(reference, params=frozen.reference)
+    reward = dataclasses.replace(reward, params=frozen.reward_model)
     scalars = cfg.scalars()
     update = functools.partial(
         ppo_update,
@@ -208,11 +218,14 @@ def make_evaluate(
     rows = heldout_rows()
     text = corpus_batches(ctx, reference.tokenizer, "valid", rows, cfg.ptx_len, None)
     pretrain_loss = make_heldout_loss(reference.cfg, text, ctx.mesh, 16)
-    kl = make_kl(reference, cfg.sampling, ctx.mesh)
-    score = reward_measure(reward, ctx.mesh)
+
+    def brought(model: Model) -> Model:
+        return dataclasses.replace(model, params=on_device(model.params))
 
     def evaluate(state: PPOState, step: int) -> dict[str, float]:
         policy = state.params["policy"]
+        kl = make_kl(brought(reference), cfg.sampling, ctx.mesh)
+        score = reward_measure(brought(reward), ctx.mesh)
         measures = {"score": score, "kl": functools.partial(kl, policy)}
         key = ctx.key("ppo/heldout")
         responses, values = sampler.measured(policy, prompts, key, measures)

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.sampling import Sampling
+from rlhf_jax.nn.transformer import cast_once
 from rlhf_jax.training.loop import LoopConfig
 from rlhf_jax.training.optimizers import (
     OptimizerConfig,
@@ -40,6 +42,9 @@ class PPOConfig:
     """Responses decoded at a time; where one ends, the next prompt takes its place. The
     same samples from a smaller cache, sooner where lengths vary; one device. None
     decodes all at once."""
+    offload_frozen: bool = False
+    """Keep reference and reward model in the host's memory and bring them to the device
+    once an iteration, to score its responses; the same numbers."""
     policy_optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=8e-6, schedule="constant", warmup_steps=10, warmup_fraction=0.1
     )
@@ -176,6 +181,38 @@ class Frozen:
 
     reference: Any  # transformer, the policy at the start
     reward_model: Any  # {"transformer": ..., "head": ...}
+
+
+def freeze(
+    reference: Any,
+    reward_model: Any,
+    *,
+    cfg: PPOConfig,
+    model: TransformerConfig,
+    reward_cfg: TransformerConfig,
+) -> Frozen:
+    """The models that PPO only reads, as small as they are the same to the bit.
+
+    Args:
+        reference: parameters of the policy at the start.
+        reward_model: `{"transformer", "head"}`.
+        cfg: reads `offload_frozen`.
+        model, reward_cfg: their shapes; dense layers are kept in the `dtype` that they
+            are multiplied in.
+    """
+    scorer, _ = cast_once(reward_model["transformer"], reward_cfg)
+    frozen = Frozen(
+        reference=cast_once(reference, model)[0],
+        reward_model=reward_model | {"transformer": scorer},
+    )
+    if not cfg.offload_frozen:
+        return frozen
+    return jax.device_put(frozen, jax.memory.Space.Host)
+
+
+def on_device(tree: Any) -> Any:
+    """Copies on the device of arrays that are in the host's memory; traced too."""
+    return jax.device_put(tree, jax.memory.Space.Device)
 
 
 @struct.dataclass

@@ -145,9 +145,16 @@ def training_bytes(cfg: TransformerConfig, devices: int = 1) -> float:
     return ADAM_BYTES * cfg.num_params / devices
 
 
-def frozen_bytes(cfg: TransformerConfig, devices: int = 1) -> float:
-    """Parameters [params] in float32 of a frozen model, cut over devices."""
+def param_bytes(cfg: TransformerConfig, devices: int = 1) -> float:
+    """Parameters [params] in float32, cut over devices."""
     return 4 * cfg.num_params / devices
+
+
+def frozen_bytes(cfg: TransformerConfig, devices: int = 1) -> float:
+    """A model that is only read: its dense layers are in `dtype`, see `cast_once`."""
+    dense = block_params(cfg) + 9 * cfg.num_layers * cfg.model_dim  # and biases
+    saved = (4 - BYTES[cfg.dtype]) * dense
+    return (4 * cfg.num_params - saved) / devices
 
 
 def cache_bytes(cfg: TransformerConfig, batch: int, columns: int) -> int:

@@ -26,7 +26,13 @@ from rlhf_jax.training.activations import (
     text_row,
     working_bytes,
 )
-from rlhf_jax.training.costs import BYTES, block_params, cache_bytes, frozen_bytes
+from rlhf_jax.training.costs import (
+    BYTES,
+    block_params,
+    cache_bytes,
+    frozen_bytes,
+    param_bytes,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +89,7 @@ def _backward(
         sets: of arrays of the parameters' size that are held while the logits are;
             while gradients are formed, 2 at least.
     """
-    one_set = sum(frozen_bytes(model, holders) for model, _ in parts)
+    one_set = sum(param_bytes(model, holders) for model, _ in parts)
     least = max(one_set, rows * sum(least_bytes(*part) for part in parts))
     rows = max(rows, 1.0)  # a device has a whole row, or none
     kept = rows * sum(kept_bytes(*part) for part in parts)
@@ -112,7 +118,7 @@ def train_step(
         parts: microbatches they are cut into.
         holders: devices that hold one copy of the parameters between them.
     """
-    weights = frozen_bytes(model, holders)
+    weights = param_bytes(model, holders)
     sets = 2 if parts > 1 and not unrolled(model) else 1
     step = _backward([(model, row)], rows / parts, holders, sets)
     given = Memory(parameters=weights, optimizer=2 * weights)
@@ -132,6 +138,7 @@ def ppo_iteration(
     shared_value: bool = False,
     holders: int = 1,
     accelerator: bool = False,
+    offload: bool = False,
 ) -> Memory:
     """The fullest phase of a PPO iteration: rollout, scores, update or ptx.
 
@@ -152,6 +159,7 @@ def ppo_iteration(
         shared_value: whether the value model is a head on the policy.
         holders: devices that hold one copy of the parameters between them.
         accelerator: whether on a GPU or TPU.
+        offload: whether frozen models are brought to the device only to score.
     """
     spoken = response_row(prompt, 1, length, accelerator, logits=length)
     valued = response_row(prompt, 1, length, accelerator)
@@ -182,15 +190,17 @@ def ppo_iteration(
         for m in models
     ]
     together = sum if unrolled(policy) else max
-    phases.append(Memory(activations=rows * together(forwards)))
+    frozen = sum(frozen_bytes(model, holders) for model in (policy, reward))
+    brought = frozen if offload else 0.0
+    phases.append(Memory(activations=rows * together(forwards) + brought))
     phases.append(Memory(logits=4 * logits_bytes(policy, rows, spoken)))
 
-    of_policy, of_reward = (frozen_bytes(model, holders) for model in (policy, reward))
+    of_policy, of_reward = (param_bytes(model, holders) for model in (policy, reward))
     trained = of_policy + (0.0 if shared_value else of_reward)
     given = Memory(
         parameters=trained + of_policy,
         optimizer=2 * trained,
-        frozen=of_policy + of_reward,
+        frozen=frozen - brought,
     )
     return _with_arguments(given, phases)
 

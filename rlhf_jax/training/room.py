@@ -110,6 +110,7 @@ def advice(
     if memory.arguments + memory.optimizer / 2 > limit:  # gradients are half as much
         smaller = ("num_layers", "model_dim")
         return [
+            *([f"set {name}.offload_frozen"] if memory.frozen else []),
             "raise mesh.fsdp or mesh.tensor (more devices)",
             *(f"lower pretrain.model.{field}" for field in smaller),
         ]
@@ -118,6 +119,8 @@ def advice(
         steps = [f"set or lower {name}.num_slots"]
     if not model.remat:
         steps.append("set pretrain.model.remat (a new run)")
+    if memory.frozen:
+        steps.append(f"set {name}.offload_frozen")
     steps.append("raise mesh.fsdp or mesh.tensor (more devices)")
     steps += [f"shorten {field}" for field in lengths]
     steps.append(f"lower {name}.batch_size")

@@ -13,7 +13,7 @@ from rlhf_jax.nn.config import PUBLISHED_SIZES, TransformerConfig
 from rlhf_jax.nn.heads import lm_logits
 from rlhf_jax.nn.responses import forward_responses, last_response_states
 from rlhf_jax.nn.sampling import decode_step, prefill
-from rlhf_jax.nn.transformer import init_params
+from rlhf_jax.nn.transformer import cast_once, init_params
 from rlhf_jax.stages.pretrain import lm_loss, sum_logprobs
 from rlhf_jax.training import costs
 
@@ -135,7 +135,11 @@ def test_the_papers_pretraining_is_what_it_says():
 def test_bytes_are_those_of_the_arrays():
     params = jax.eval_shape(lambda: init_params(jax.random.key(0), CFG))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-    assert costs.frozen_bytes(CFG) == size
+    assert costs.param_bytes(CFG) == costs.frozen_bytes(CFG) == size
+    low = dataclasses.replace(CFG, dtype="bfloat16")
+    frozen = jax.eval_shape(lambda p: cast_once(p, low)[0], params)
+    size_low = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
+    assert costs.frozen_bytes(low) == size_low < size
     assert costs.training_bytes(CFG, 4) == size
     cache = jax.eval_shape(lambda p, x: prefill(p, x, CFG, 5), params, ids(3, 11))
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))

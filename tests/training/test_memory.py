@@ -265,6 +265,19 @@ def test_slots_need_the_prompts_and_their_own_cache():
     assert at(8) < at(64) == at(4096) == at(None)
 
 
+def test_offloaded_models_are_held_only_while_they_score():
+    model = shape(dtype="bfloat16")
+
+    def at(episodes, offload):
+        return ppo_iteration(model, model, episodes, 64, 64, 1, offload=offload)
+
+    kept, moved = at(64, False), at(64, True)  # the update is the fullest moment
+    assert kept.frozen > 0 == moved.frozen
+    assert kept.total - moved.total == kept.frozen
+    few = at(1e-9, True)  # and here there is hardly anything but models
+    assert few.total >= few.arguments + kept.frozen
+
+
 # ------------------------------------------------------------------------- refusals
 
 
@@ -272,6 +285,14 @@ def require(monkeypatch, limit: int | None, memory: Memory, model=None, name="pp
     monkeypatch.setattr(room, "device_limit", lambda _: limit)
     lengths = (f"{name}.prompt_len", f"{name}.sampling.response_len")
     room.require_room(name, memory, model or shape(), lengths, some_devices(1, 1))
+
+
+def test_advice_on_frozen_models_ends_with_none_on_the_device(monkeypatch):
+    for frozen in (0, 2**28):
+        memory = dataclasses.replace(HALF, frozen=frozen, least=2**31)
+        with pytest.raises(room.MemoryLimitError) as error:
+            require(monkeypatch, 2**30, memory)
+        assert ("ppo.offload_frozen" in fields_of(str(error.value))) == bool(frozen)
 
 
 HALF = Memory(parameters=2**29, activations=2**30, least=2**30)
