@@ -38,6 +38,7 @@ _RANKING = "rlhf_jax/objectives/ranking.py"
 _LM = "rlhf_jax/objectives/language_modeling.py"
 _TRANSFORMER = "rlhf_jax/nn/transformer.py"
 _ATTENTION = "rlhf_jax/nn/attention.py"
+_PPO_STATE = "rlhf_jax/stages/ppo_state.py"
 _DEVICES = "rlhf_jax/nn/devices.py"
 _SAMPLING = "rlhf_jax/nn/sampling.py"
 _RESPONSES = "rlhf_jax/nn/responses.py"
@@ -288,6 +289,34 @@ MUTATIONS = (
         "jnp.concatenate([first, tokens[:, :-1] == end], axis=1)",
         "tokens == end",
         "nn/test_attention.py",
+    ),
+    Mutation(
+        "the TPU's kernel reads later tokens",
+        _ATTENTION,
+        'how = {"causal": True',
+        'how = {"causal": False',
+        "nn/test_flash.py",
+    ),
+    Mutation(
+        "the TPU's kernel reads across documents",
+        _ATTENTION,
+        "return on_each_device(local, q, k, v, *ids)",
+        "return on_each_device(local, q, k, v)",
+        "nn/test_flash.py",
+    ),
+    Mutation(
+        "rows dealt over tensor to a kernel",
+        _DEVICES,
+        "axes = (None if whole_rows else rows",
+        "axes = (None if whole_rows else mesh.axis_names",
+        "nn/test_flash.py",
+    ),
+    Mutation(
+        "frozen models stay on the device",
+        _PPO_STATE,
+        "return jax.device_put(frozen, jax.memory.Space.Host)",
+        "return frozen",
+        "stages/test_freeze.py",
     ),
     Mutation(
         "a response reads the padding of its prompt",

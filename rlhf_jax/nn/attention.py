@@ -1,9 +1,12 @@
 """Attention of a position to those before it, within a document or across them."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+
+from rlhf_jax.nn.devices import on_each_device
 
 Array = jax.Array
 
@@ -68,6 +71,45 @@ def fused_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> 
     return out[:, :T]
 
 
+def flash(q: Array) -> bool:
+    """Whether the TPU's kernel computes causal attention of such queries: bfloat16.
+
+    Args:
+        q: [B, T, N, H]; a T under one block is not worth the kernel.
+    """
+    tpu = jax.devices()[0].platform == "tpu"
+    return tpu and q.dtype == jnp.bfloat16 and q.shape[1] >= MIN_BLOCK
+
+
+def flash_attention(
+    q: Array, k: Array, v: Array, documents: Array | None = None
+) -> Array:
+    """`causal_attention` without [T, T] scores in memory, by JAX's kernel for TPUs.
+
+    Rows are filled up on the right to whole blocks, which no real query reads. Each
+    device runs it on its rows and heads: the compiler cannot cut a kernel.
+    """
+    from jax.experimental.pallas.ops.tpu import flash_attention as kernel
+
+    T, scale = q.shape[1], q.shape[-1] ** -0.5
+    width = next(n for n in (512, 256, 128) if -(-T // n) * n == -(-T // 128) * 128)
+    names = (field.name for field in dataclasses.fields(kernel.BlockSizes))
+    sizes = kernel.BlockSizes(**{n: 1 if n == "block_b" else width for n in names})
+
+    def padded(x):
+        return jnp.pad(x, ((0, 0), (0, -T % width), *((0, 0),) * (x.ndim - 2)))
+
+    def local(q, k, v, *ids):
+        heads_first = (padded(x).swapaxes(1, 2) for x in (q, k, v))
+        segments = [kernel.SegmentIds(*[padded(x)] * 2) for x in ids]
+        how = {"causal": True, "sm_scale": scale, "block_sizes": sizes}
+        out = kernel.flash_attention(*heads_first, None, *segments, **how)
+        return out.swapaxes(1, 2)[:, :T]
+
+    ids = () if documents is None else (documents,)
+    return on_each_device(local, q, k, v, *ids)
+
+
 def blocks(length: int) -> list[tuple[int, int]]:
     """Starts and ends of 1, 2 or 4 blocks of queries that [T, T] is cut into."""
     count = next(n for n in (4, 2, 1) if length >= n * MIN_BLOCK or n == 1)
@@ -76,7 +118,7 @@ def blocks(length: int) -> list[tuple[int, int]]:
 
 
 def causal_pairs(length: int) -> int:
-    """Queries times keys that attention over [T, T] computes, without cuDNN."""
+    """Queries times keys that attention over [T, T] computes, without a kernel."""
     return sum((end - start) * end for start, end in blocks(length))
 
 
@@ -109,6 +151,8 @@ def causal_attention(
     T = q.shape[1]
     if fused(q):
         return fused_attention(q, k, v, None if documents is None else allowed(0, T))
+    if flash(q):
+        return flash_attention(q, k, v, documents)
     parts = []
     for start, end in blocks(T):
         scores = attention_scores("btnh,bsnh->bnts", q[:, start:end], k[:, :end])

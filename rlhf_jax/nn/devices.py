@@ -6,6 +6,7 @@ left to the compiler: one token a row is less to move than the weights are.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,9 +43,33 @@ def embedding_table(table: Array, ids: Array) -> Array:
     return _constrained(table, OPEN, None)
 
 
+def on_each_device(kernel: Callable[..., Array], *arrays: Array) -> Array:
+    """Runs a kernel that the compiler cannot cut on the rows and heads of each device.
+
+    Args:
+        kernel: function of the arrays; like the first, [B, T, N, H].
+        arrays: [B, T, N, H] or [B, T]. A B or N that cannot be dealt stays whole.
+    """
+    mesh = jax.typeof(arrays[0]).sharding.mesh
+    if mesh.empty or mesh.size == 1 or not _automatic(mesh):
+        return kernel(*arrays)
+    B, _, N, _ = arrays[0].shape
+    rows = tuple(name for name in mesh.axis_names if name != "tensor")
+    whole_rows = B % math.prod(mesh.shape[name] for name in rows)
+    whole_heads = N % mesh.shape["tensor"]
+    axes = (None if whole_rows else rows, None, None if whole_heads else "tensor")
+    specs = tuple(jax.P(*axes[: x.ndim]) for x in arrays)
+    return jax.shard_map(
+        kernel, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False
+    )(*arrays)
+
+
+def _automatic(mesh: Any) -> bool:
+    return set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
 def _constrained(x: Array, *axes: Any) -> Array:
     mesh = jax.typeof(x).sharding.mesh
-    automatic = set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
-    if mesh.size == mesh.shape.get("tensor", 1) or not automatic:
+    if mesh.size == mesh.shape.get("tensor", 1) or not _automatic(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, jax.P(*axes)))
