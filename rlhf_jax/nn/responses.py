@@ -33,7 +33,7 @@ def forward_responses(
     """Hidden states of K responses to one prompt, the prompt computed once.
 
     Exactly the states of K separate sequences, from P - 1 + K (R + 1) instead of
-    K (P + R) positions.
+    K (P + R) positions, and of K (R + 1) in the last block.
 
     Args:
         params: of `init_params`.
@@ -48,9 +48,17 @@ def forward_responses(
         where a reward model reads.
     """
     row = _shared_row(prompts, prompt_lengths, responses, cfg)
-    hidden = transformer(params, *row, _attend(prompt_lengths, responses, row), cfg)
     B, K, R = responses.shape
-    return hidden[:, -K * (R + 1) :].reshape(B, K, R + 1, -1)
+    stem = row[0].shape[1] - K * (R + 1)
+    causal, valid = _causal(R + 1), _valid(prompt_lengths, stem)
+
+    def attend_last(q, k, v):  # the prompt is read, but has no more to say
+        own = q.reshape(B, K, R + 1, *q.shape[2:])
+        return _attend_branches(own, k, v, valid, causal).reshape(q.shape)
+
+    attend = _attend(prompt_lengths, responses, row)
+    hidden = transformer(params, *row, attend, cfg, last=(stem, attend_last))
+    return hidden.reshape(B, K, R + 1, -1)
 
 
 def last_response_states(
@@ -109,12 +117,17 @@ def _valid(prompt_lengths: Array, stem: int) -> Array:
     return jnp.arange(stem)[None] < prompt_lengths[:, None] - 1
 
 
+def _causal(length: int) -> Array:
+    """Which tokens of its branch a token reads: bool [1, 1, 1, R + 1, R + 1]."""
+    return jnp.tril(jnp.ones((length, length), bool))[None, None, None]
+
+
 def _attend(prompt_lengths, responses, row):
     """Attention of all positions of the row."""
     B, K, R = responses.shape
     stem = row[0].shape[1] - K * (R + 1)
     valid = _valid(prompt_lengths, stem)
-    causal = jnp.tril(jnp.ones((R + 1, R + 1), bool))[None, None, None]
+    causal = _causal(R + 1)
 
     def attend(q, k, v):
         stem_q, stem_k, stem_v = q[:, :stem], k[:, :stem], v[:, :stem]

@@ -126,7 +126,7 @@ def block(
     attend: Attend,
     cfg: TransformerConfig,
     key: Array | None = None,
-    rows: Array | None = None,
+    rows: Array | int | None = None,
 ) -> Array:
     """Applies one block: attention, then MLP, each added to the residual stream.
 
@@ -140,7 +140,8 @@ def block(
         attend: `(q, k, v) -> out`, each [B, T, N, H]; q and out [B, S, N, H] of `rows`.
         cfg: reads `norm` and `dropout`.
         key: of the dropout masks; None turns dropout off.
-        rows: int32 [B, S], the positions whose outputs are wanted; None means all.
+        rows: int32 [B, S], the positions whose outputs are wanted, or the first of
+            them; None means all.
 
     Returns:
         [B, T, D], or [B, S, D] of `rows`; the dtype of `x`.
@@ -163,7 +164,7 @@ def _block(params, x, attend, cfg, key, rows):
     else:
         kv = _dense(jax.tree.map(lambda p: p[..., 1:, :, :], params["qkv"]), h)
         k, v = kv[:, :, 0], kv[:, :, 1]
-        x, h = (jnp.take_along_axis(y, rows[:, :, None], axis=1) for y in (x, h))
+        x, h = _take(x, rows), _take(h, rows)
         q = _dense(jax.tree.map(lambda p: p[..., 0, :, :], params["qkv"]), h)
     out = _dense(params["attn_out"], attend(q, k, v))
     x = x + _dropout(out, cfg.dropout, keys[0])
@@ -174,6 +175,13 @@ def _block(params, x, attend, cfg, key, rows):
     out = _dense(params["mlp_down"], h)
     x = x + _dropout(out, cfg.dropout, keys[1])
     return x if pre else layer_norm(params["mlp_norm"], x)
+
+
+def _take(x: Array, rows: Array | int) -> Array:
+    """Positions [B, S] of [B, T, D], or those from one on."""
+    if isinstance(rows, int):
+        return x[:, rows:]
+    return jnp.take_along_axis(x, rows[:, :, None], axis=1)
 
 
 def cast_once(params: Params, cfg: TransformerConfig) -> tuple[Params, Params]:
@@ -222,7 +230,7 @@ def transformer(
     attend: Attend,
     cfg: TransformerConfig,
     key: Array | None = None,
-    last: tuple[Array, Attend] | None = None,
+    last: tuple[Array | int, Attend] | None = None,
 ) -> Array:
     """Runs all blocks on [B, T] tokens with a given attention pattern.
 
@@ -234,8 +242,9 @@ def transformer(
         attend: which key each query reads, see the module.
         cfg: shape, dtype, norm, dropout, remat.
         key: of dropout; None turns it off.
-        last: the positions [B, S] whose states are wanted, and how they attend in the
-            last block, the rest of which is left out (without dropout).
+        last: the positions [B, S] whose states are wanted, or the first of them, and
+            how they attend in the last block, the rest of which is left out (without
+            dropout).
 
     Returns:
         Hidden states after the last norm, [B, T, D] or [B, S, D], in `cfg.dtype`;
@@ -263,7 +272,7 @@ def transformer(
     if last is not None and few:
         x = block(final, x, attend_last, cfg, rows=rows)
     elif last is not None:  # a slice of many blocks would copy their parameters
-        x = jnp.take_along_axis(x, last[0][:, :, None], axis=1)
+        x = _take(x, last[0])
     return final_norm(params, x)
 
 

@@ -220,6 +220,8 @@ def make_evaluate(
     pretrain_loss = make_heldout_loss(reference.cfg, text, ctx.mesh, 16)
 
     def brought(model: Model) -> Model:
+        if not cfg.offload_frozen:
+            return model
         return dataclasses.replace(model, params=on_device(model.params))
 
     def evaluate(state: PPOState, step: int) -> dict[str, float]:

@@ -23,14 +23,14 @@ class Row:
         tokens: positions, T.
         pairs: of a query and a key, computed for each head.
         logits: positions with next-token logits.
-        last_only: whether the last block is computed for the read positions only.
+        last: positions that the last block is computed for, of layers written out.
         accelerator: whether on a GPU or TPU.
     """
 
     tokens: int
     pairs: int
     logits: int
-    last_only: bool
+    last: int
     accelerator: bool
 
 
@@ -41,7 +41,7 @@ def on_accelerator() -> bool:
 
 def text_row(length: int, accelerator: bool) -> Row:
     """A row of text [T] with the next-token loss on it."""
-    return Row(length, causal_pairs(length), length, False, accelerator)
+    return Row(length, causal_pairs(length), length, length, accelerator)
 
 
 def response_row(
@@ -58,7 +58,8 @@ def response_row(
     """
     stem, own = prompt - 1, responses * (length + 1)
     pairs = causal_pairs(stem) + own * (prompt + length)
-    return Row(stem + own, pairs, logits, last_only, accelerator)
+    last = responses if last_only else own
+    return Row(stem + own, pairs, logits, last, accelerator)
 
 
 def activation_size(model: TransformerConfig, row: Row) -> int:
@@ -67,7 +68,10 @@ def activation_size(model: TransformerConfig, row: Row) -> int:
 
 
 def score_bytes(model: TransformerConfig, row: Row, arrays: float) -> float:
-    """Arrays [N, T, S], half in float32; cuDNN attends to bfloat16 without any."""
+    """Arrays [N, T, S], half in float32; kernels read bfloat16 without any.
+
+    The one for TPUs reads no branches of responses, whose scores are left out here.
+    """
     fused = row.accelerator and model.dtype == "bfloat16" and model.head_dim <= 128
     size = 0 if fused else (4 + activation_size(model, row)) / 2
     return arrays * size * model.num_heads * row.pairs
@@ -99,7 +103,7 @@ def kept_bytes(model: TransformerConfig, row: Row) -> float:
     if model.remat and (looped or row.accelerator):
         stream = row.tokens * model.model_dim * activation_size(model, row)
         return model.num_layers * stream
-    layers = model.num_layers - (row.last_only and not looped)
+    layers = model.num_layers - (0.0 if looped else 1 - row.last / row.tokens)
     return layers * _one_block(model, row, looped)
 
 
@@ -143,6 +147,6 @@ def least_bytes(model: TransformerConfig, row: Row) -> float:
     attention's output, the MLP's input, its hidden units [F]); with remat, or where XLA
     may recompute by itself, 1. Scores [T, S] need not exist.
     """
-    layers = model.num_layers - row.last_only
+    layers = model.num_layers - (1 - row.last / row.tokens)
     arrays = 1 if model.remat or row.accelerator else 10
     return layers * arrays * row.tokens * model.model_dim * BYTES[model.dtype]

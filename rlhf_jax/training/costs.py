@@ -75,16 +75,17 @@ def shared_prompt(
         cfg: shape of the model.
         prompt, responses, length: P, K, R.
         scored: whether only the last token of each is wanted, see
-            `last_response_states`.
+            `last_response_states`, or all, see `forward_responses`.
     """
     stem, own = prompt - 1, responses * (length + 1)
     pairs = causal_pairs(stem) + own * (prompt + length)
     layers, dim = cfg.num_layers, cfg.model_dim
     work = Work(layers * (24 * dim**2 * (stem + own) + 4 * dim * pairs))
-    if not (scored and unrolled(cfg)):
+    if not unrolled(cfg):
         return work
-    rest = 20 * dim**2 * (stem + own - responses)  # all but keys and values
-    unread = 4 * dim * (pairs - responses * (prompt + length))
+    read = responses if scored else own  # the last block's; of the rest keys, values
+    rest = 20 * dim**2 * (stem + own - read)
+    unread = 4 * dim * (pairs - read * (prompt + length))
     return work + Work(-rest - unread)
 
 

@@ -128,9 +128,9 @@ def test_a_shifted_mask_is_noticed():
 def test_dropout_left_on_in_the_update_is_noticed(monkeypatch):
     forward = responses.transformer
 
-    def with_dropout(params, tokens, positions, attend, cfg):
-        leaky = dataclasses.replace(cfg, dropout=0.1)
-        return forward(params, tokens, positions, attend, leaky, jax.random.key(1))
+    def with_dropout(params, tokens, positions, attend, cfg, last):
+        leaky, key = dataclasses.replace(cfg, dropout=0.1), jax.random.key(1)
+        return forward(params, tokens, positions, attend, leaky, key, last)
 
     arguments = (case.make_inputs(), case.stored_rollout(), CFG.scalars())
     state = case.fresh_state()
