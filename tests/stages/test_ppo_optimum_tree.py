@@ -185,6 +185,7 @@ def trained():
     return runs()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(BETAS)))
 def test_the_kl_that_is_logged_is_the_exact_kl(index):
     """Sampled k1 of the last iterations, in which the policy hardly moves."""
@@ -195,6 +196,7 @@ def test_the_kl_that_is_logged_is_the_exact_kl(index):
     assert abs(np.mean(logged) - exact) < 4 * error + 0.01 * exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(BETAS)))
 def test_ppo_reaches_the_closed_form_over_whole_responses(index):
     beta, found = BETAS[index], trained()[index]

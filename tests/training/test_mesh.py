@@ -294,7 +294,7 @@ def test_rows_that_fill_up_change_neither_loss_nor_gradient_nor_dropout(tiny):
         return lm_loss(params, batch, jax.random.key(2), model=cfg)[0]
 
     alone, padded = (
-        jax.value_and_grad(loss)(params, jax.tree.map(jnp.asarray, b))
+        jax.jit(jax.value_and_grad(loss))(params, jax.tree.map(jnp.asarray, b))
         for b in (batch, pad_rows(batch, 8))
     )
     jax.tree.map(
