@@ -312,6 +312,20 @@ MUTATIONS = (
         "nn/test_flash.py",
     ),
     Mutation(
+        "a response reads its later tokens in the last block",
+        _RESPONSES,
+        "return jnp.tril(jnp.ones((length, length), bool))[None, None, None]",
+        "return jnp.ones((1, 1, 1, length, length), bool)",
+        "nn/test_transformer.py",
+    ),
+    Mutation(
+        "positions of the last block one off",
+        _TRANSFORMER,
+        "return x[:, rows:]",
+        "return jnp.roll(x, 1, axis=1)[:, rows:]",
+        "nn/test_transformer.py",
+    ),
+    Mutation(
         "frozen models stay on the device",
         _PPO_STATE,
         "return jax.device_put(frozen, jax.memory.Space.Host)",

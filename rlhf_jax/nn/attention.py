@@ -77,8 +77,9 @@ def flash(q: Array) -> bool:
     Args:
         q: [B, T, N, H]; a T under one block is not worth the kernel.
     """
-    tpu = jax.devices()[0].platform == "tpu"
-    return tpu and q.dtype == jnp.bfloat16 and q.shape[1] >= MIN_BLOCK
+    T, H = q.shape[1], q.shape[-1]
+    fits = q.dtype == jnp.bfloat16 and (H <= 128 or H % 128 == 0)
+    return fits and T >= MIN_BLOCK and jax.devices()[0].platform == "tpu"
 
 
 def flash_attention(

@@ -254,8 +254,8 @@ def transformer(
     chex.assert_equal_shape([tokens, positions])
     x = embed(params, tokens, positions, cfg.dtype)
     apply = functools.partial(block, attend=attend, cfg=cfg)
-    if cfg.remat:
-        apply = jax.checkpoint(apply)  # type: ignore[assignment]
+    remat = jax.checkpoint if cfg.remat else lambda f: f
+    apply = remat(apply)
 
     def layer(x, layer_params_and_index):
         layer_params, index = layer_params_and_index
@@ -270,7 +270,8 @@ def transformer(
         layers, blocks = jax.tree.map(lambda p: p[:-1], (layers, blocks))
     x, _ = jax.lax.scan(layer, x, (blocks, layers), unroll=few)
     if last is not None and few:
-        x = block(final, x, attend_last, cfg, rows=rows)
+        apply = functools.partial(block, attend=attend_last, cfg=cfg, rows=rows)
+        x = remat(apply)(final, x)
     elif last is not None:  # a slice of many blocks would copy their parameters
         x = _take(x, last[0])
     return final_norm(params, x)

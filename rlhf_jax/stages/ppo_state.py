@@ -44,7 +44,7 @@ class PPOConfig:
     decodes all at once."""
     offload_frozen: bool = False
     """Keep reference and reward model in the host's memory and bring them to the device
-    once an iteration, to score its responses; the same numbers."""
+    to score an iteration's responses and held-out ones; the same numbers."""
     policy_optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=8e-6, schedule="constant", warmup_steps=10, warmup_fraction=0.1
     )

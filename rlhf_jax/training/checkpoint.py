@@ -162,6 +162,8 @@ class Checkpoints:
                 args = ocp.args.StandardRestore(_sealed_like(like))
                 state = _opened(self._manager.restore(step, args=args))
             except Exception as error:  # Orbax raises many types for a broken file
+                if of_several(error):
+                    raise
                 problem = f"{self.path}/step_{step}: {type(error).__name__}: {error}"
             if not all_processes_agree(problem is None):
                 problem = problem or f"{self.path}/step_{step}: another process failed"

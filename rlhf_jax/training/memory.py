@@ -159,7 +159,7 @@ def ppo_iteration(
         shared_value: whether the value model is a head on the policy.
         holders: devices that hold one copy of the parameters between them.
         accelerator: whether on a GPU or TPU.
-        offload: whether frozen models are brought to the device only to score.
+        offload: whether frozen models are brought to the accelerator only to score.
     """
     spoken = response_row(prompt, 1, length, accelerator, logits=length)
     valued = response_row(prompt, 1, length, accelerator)
@@ -191,9 +191,10 @@ def ppo_iteration(
     ]
     together = sum if unrolled(policy) else max
     frozen = sum(frozen_bytes(model, holders) for model in (policy, reward))
-    brought = frozen if offload else 0.0
+    brought = frozen if offload and accelerator else 0.0  # a CPU has but one memory
     phases.append(Memory(activations=rows * together(forwards) + brought))
-    phases.append(Memory(logits=4 * logits_bytes(policy, rows, spoken)))
+    logits = 4 * logits_bytes(policy, rows, spoken)
+    phases.append(Memory(logits=logits, activations=brought))
 
     of_policy, of_reward = (param_bytes(model, holders) for model in (policy, reward))
     trained = of_policy + (0.0 if shared_value else of_reward)

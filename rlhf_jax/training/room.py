@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from rlhf_jax.nn.config import TransformerConfig
-from rlhf_jax.training.activations import Row
+from rlhf_jax.training.activations import Row, on_accelerator
 from rlhf_jax.training.memory import Memory, train_step
 from rlhf_jax.training.mesh import num_holders
 
@@ -107,10 +107,12 @@ def advice(
     limit: int,
 ) -> list[str]:
     """What to change of a stage's config, for the arguments see `require_room`."""
+    movable = memory.frozen and on_accelerator()
+    offload = [f"set {name}.offload_frozen"] if movable else []
     if memory.arguments + memory.optimizer / 2 > limit:  # gradients are half as much
         smaller = ("num_layers", "model_dim")
         return [
-            *([f"set {name}.offload_frozen"] if memory.frozen else []),
+            *offload,
             "raise mesh.fsdp or mesh.tensor (more devices)",
             *(f"lower pretrain.model.{field}" for field in smaller),
         ]
@@ -119,8 +121,7 @@ def advice(
         steps = [f"set or lower {name}.num_slots"]
     if not model.remat:
         steps.append("set pretrain.model.remat (a new run)")
-    if memory.frozen:
-        steps.append(f"set {name}.offload_frozen")
+    steps += offload
     steps.append("raise mesh.fsdp or mesh.tensor (more devices)")
     steps += [f"shorten {field}" for field in lengths]
     steps.append(f"lower {name}.batch_size")

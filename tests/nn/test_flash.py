@@ -1,6 +1,7 @@
 """Attention by the TPU's kernel: interpreted, and lowered to what a TPU is given."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from rlhf_jax.nn import attention
 from rlhf_jax.nn.attention import causal_attention, flash_attention
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.devices import on_each_device
-from rlhf_jax.nn.transformer import forward, init_params
+from rlhf_jax.nn.transformer import init_params
 from rlhf_jax.stages.pretrain import lm_loss
 
 
@@ -34,9 +35,9 @@ def value_and_gradients(attend, arrays, documents):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("length", [128, 130])
+@pytest.mark.parametrize("length", [128, 130, 384])
 def test_the_kernel_equals_attention_written_out(length, packed):
-    """A length of whole blocks and one that is filled up; states and gradients."""
+    """A block, one and a bit that is filled up, three; states and gradients."""
     arrays, documents = inputs(2, length)
     given = (arrays, documents if packed else None)
     with pltpu.force_tpu_interpret_mode():
@@ -49,37 +50,36 @@ def test_the_kernel_equals_attention_written_out(length, packed):
     )
 
 
-def programs_for_tpu(monkeypatch, shape, **changes):
-    """A training step in bfloat16 as a TPU would be given it."""
+def program_for_tpu(monkeypatch, shape, **changes):
+    """Gradient of the loss on packed text, in bfloat16, layers in a loop, remat."""
     monkeypatch.setattr(attention, "flash", lambda q: q.shape[1] >= 128)
-    sizes = {"num_layers": 1, "model_dim": 128, "num_heads": 2, "max_len": 256}
-    model = TransformerConfig(
-        **sizes | changes, vocab_size=256, dtype="bfloat16", document_end=3
-    )
+    sizes = {"num_layers": 6, "model_dim": 128, "num_heads": 2, "max_len": 256}
+    how = {"dtype": "bfloat16", "document_end": 3, "remat": True}
+    model = TransformerConfig(**sizes | changes, **how, vocab_size=256)
     mesh = some_devices(*shape)
     like = jax.eval_shape(lambda: init_params(jax.random.key(0), model))
 
-    def loss(params, tokens):
-        return jnp.sum(forward(params, tokens, model).astype(jnp.float32))
+    def loss(params, batch):
+        return lm_loss(params, batch, jax.random.key(0), model=model)[0]
 
-    tokens = jax.ShapeDtypeStruct(
-        (8, 256), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
-    )
-    traced = jax.jit(jax.grad(loss)).trace(like, tokens)
+    rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+    shaped = functools.partial(jax.ShapeDtypeStruct, (8, 256), sharding=rows)
+    batch = TokenBatch(shaped(jnp.int32), shaped(jnp.int32), shaped(jnp.float32))
+    traced = jax.jit(jax.grad(loss)).trace(like, batch)
     return traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (2, 2, 2)], ids=by_sizes)
-def test_a_step_lowers_for_a_tpu_with_a_kernel_for_each_pass(monkeypatch, shape):
-    """Forward, and two for the gradients."""
-    text = programs_for_tpu(monkeypatch, shape)
-    assert text.count("@tpu_custom_call") == 3
+def test_a_gradient_lowers_for_a_tpu_with_a_kernel_for_each_pass(monkeypatch, shape):
+    """Forward, the same again in the backward pass, and two for the gradients."""
+    text = program_for_tpu(monkeypatch, shape)
+    assert text.count("@tpu_custom_call") == 4
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 def test_published_head_sizes_lower(monkeypatch, head_dim):
-    text = programs_for_tpu(monkeypatch, (1, 1, 1), model_dim=2 * head_dim, num_heads=2)
-    assert text.count("@tpu_custom_call") == 3
+    text = program_for_tpu(monkeypatch, (1, 1, 1), model_dim=2 * head_dim)
+    assert text.count("@tpu_custom_call") == 4
 
 
 @pytest.mark.parametrize(
@@ -128,5 +128,14 @@ def test_an_update_with_the_kernel_is_the_update(tiny, random_params, monkeypatc
     )
 
 
-def test_no_other_machine_takes_the_kernel():
-    assert not attention.flash(jnp.zeros((1, 128, 2, 64), jnp.bfloat16))
+def test_what_takes_the_kernel(monkeypatch):
+    """bfloat16 rows of a block at least, of head sizes that the kernel knows."""
+
+    def taken(T=128, H=64, dtype=jnp.bfloat16):
+        return attention.flash(jnp.zeros((1, T, 2, H), dtype))
+
+    assert not taken()  # on this machine
+    tpu = types.SimpleNamespace(platform="tpu")
+    monkeypatch.setattr(jax, "devices", lambda: [tpu])
+    assert taken() and taken(H=80) and taken(H=256)
+    assert not any((taken(T=127), taken(H=192), taken(dtype=jnp.float32)))

@@ -23,14 +23,9 @@ from rlhf_jax.training.checkpoint import (
 from rlhf_jax.training.mesh import MeshConfig, state_sharding
 from rlhf_jax.training.state import init_state
 
-# Orbax leaves coroutines behind when a file cannot be read.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
-
 
 @pytest.fixture(autouse=True)
-def collected():
+def collected():  # the coroutines that Orbax leaves behind, most of them
     yield
     gc.collect()
 
@@ -378,9 +373,9 @@ def test_a_disk_that_is_full_is_named_with_the_way_out(tmp_path, monkeypatch, ca
 LOST = "UNKNOWN: Gloo AllGather failed: Connection reset by peer"
 
 
-@pytest.mark.parametrize("error", [ValueError(LOST), jax.errors.JaxRuntimeError(LOST)])
+@pytest.mark.parametrize("kind", [ValueError, jax.errors.JaxRuntimeError])
 def test_another_process_that_ended_is_not_taken_for_a_full_disk_or_a_damaged_file(
-    tmp_path, monkeypatch, error
+    tmp_path, monkeypatch, kind
 ):
     """Who follows "delete the folder" then would lose what is whole."""
     like = shapes(make_state(0).params)
@@ -388,14 +383,14 @@ def test_another_process_that_ended_is_not_taken_for_a_full_disk_or_a_damaged_fi
 
     def lost(*_, **__):
         monkeypatch.setattr(jax, "process_count", lambda: 2)
-        raise error
+        raise kind(LOST)
 
     monkeypatch.setattr("rlhf_jax.training.checkpoint.checksums", lost)
     for call in (
         lambda: save_params(tmp_path / "params", make_state(1).params),
         lambda: load_params(tmp_path / "params", like),
     ):
-        with pytest.raises(type(error), match="Gloo AllGather"):
+        with pytest.raises(kind, match="Gloo AllGather"):
             call()
         monkeypatch.setattr(jax, "process_count", lambda: 1)
 

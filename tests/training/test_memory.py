@@ -268,14 +268,20 @@ def test_slots_need_the_prompts_and_their_own_cache():
 def test_offloaded_models_are_held_only_while_they_score():
     model = shape(dtype="bfloat16")
 
-    def at(episodes, offload):
-        return ppo_iteration(model, model, episodes, 64, 64, 1, offload=offload)
+    def at(parts, offload, accelerator=True):
+        return ppo_iteration(
+            *(model, model, 256, 64, 64, parts),
+            accelerator=accelerator,
+            offload=offload,
+        )
 
-    kept, moved = at(64, False), at(64, True)  # the update is the fullest moment
+    kept, moved = at(1, False), at(1, True)  # the update is the fullest moment
     assert kept.frozen > 0 == moved.frozen
     assert kept.total - moved.total == kept.frozen
-    few = at(1e-9, True)  # and here there is hardly anything but models
-    assert few.total >= few.arguments + kept.frozen
+    kept, moved = at(256, False), at(256, True)  # that of scores is
+    assert kept.frozen > 0 == moved.frozen
+    assert kept.total == moved.total
+    assert at(1, True, False).frozen == at(1, False, False).frozen  # nowhere else to go
 
 
 # ------------------------------------------------------------------------- refusals
@@ -288,6 +294,7 @@ def require(monkeypatch, limit: int | None, memory: Memory, model=None, name="pp
 
 
 def test_advice_on_frozen_models_ends_with_none_on_the_device(monkeypatch):
+    monkeypatch.setattr(room, "on_accelerator", lambda: True)
     for frozen in (0, 2**28):
         memory = dataclasses.replace(HALF, frozen=frozen, least=2**31)
         with pytest.raises(room.MemoryLimitError) as error:
