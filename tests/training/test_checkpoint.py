@@ -24,8 +24,14 @@ from rlhf_jax.training.mesh import MeshConfig, state_sharding
 from rlhf_jax.training.state import init_state
 
 
+# Orbax leaves coroutines behind when a file cannot be read.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
 @pytest.fixture(autouse=True)
-def collected():  # the coroutines that Orbax leaves behind, most of them
+def collected():
     yield
     gc.collect()
 
