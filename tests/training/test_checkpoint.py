@@ -23,7 +23,6 @@ from rlhf_jax.training.checkpoint import (
 from rlhf_jax.training.mesh import MeshConfig, state_sharding
 from rlhf_jax.training.state import init_state
 
-
 # Orbax leaves coroutines behind when a file cannot be read.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
