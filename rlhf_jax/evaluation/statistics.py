@@ -3,17 +3,17 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import ndtri, stdtrit
 
 Unit = Literal["", "%", "points"]
 
 CONFIDENCE = 0.95
 _UPPER_TAIL = 0.5 + CONFIDENCE / 2
-_Z = float(ndtri(_UPPER_TAIL))
+_Z = NormalDist().inv_cdf(_UPPER_TAIL)
 
 
 @dataclass(frozen=True)
@@ -261,6 +261,8 @@ def _student_estimate(x: np.ndarray, cluster_index: np.ndarray) -> Estimate:
     if num_clusters == 1:
         return Estimate(mean, -math.inf, math.inf, 1)
     variance = num_clusters / (num_clusters - 1) * float(np.sum(sums**2)) / x.size**2
+    from scipy.special import stdtrit  # a tenth of a command's start
+
     half = float(stdtrit(num_clusters - 1, _UPPER_TAIL)) * math.sqrt(variance)
     return Estimate(mean, mean - half, mean + half, num_clusters)
 
