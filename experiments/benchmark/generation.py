@@ -1,6 +1,7 @@
 """Sampling with a cache, against `generate` of transformers."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def varying(goal: float, repeats: int) -> list[Row]:
     static["sampling"] = Sampling(response_len=R)
     in_slots = jax.jit(functools.partial(generate_refilled, **static, num_slots=B))
     batched = jax.jit(functools.partial(generate, **static))
-    keys = iter(jax.random.split(jax.random.key(0), 4 * repeats + 8))
+    keys = map(jax.random.key, itertools.count())
 
     def ours() -> int:
         return int(in_slots(params, prompts, lengths, next(keys), 1.0).lengths.sum())

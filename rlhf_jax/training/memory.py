@@ -143,11 +143,12 @@ def ppo_iteration(
     """The fullest phase of a PPO iteration: rollout, scores, update or ptx.
 
     Rollout: keys and values [L, B, N, P - 1 + R, H], those of the prompt twice while
-    they are laid out (with slots: those of all prompts, and B slots), and 3 arrays
-    [B, V]. Scores: a forward pass of policy, reference, value and reward model holds
-    6 [T, D], 1 [T, F] and the scores of attention, those of the response twice; written
-    out, all four advance together. Then 2 chunks of logits of policy and reference
-    each. Ptx: beside the pass of PPO, on which it does not wait.
+    they are laid out (with slots: those of all prompts, and B slots), 3 arrays [B, V],
+    and weights in the dtype of their products. Scores: a forward pass of policy,
+    reference, value and reward model holds 6 [T, D], 1 [T, F] and the scores of
+    attention, those of the response twice; written out, all four advance together. Then
+    2 chunks of logits of policy and reference each. Ptx: beside the pass of PPO, on
+    which it does not wait.
 
     Args:
         policy, reward: shapes; a value model of its own has the reward model's.
@@ -179,7 +180,13 @@ def ppo_iteration(
     cache = rows * cache_bytes(policy, 1, stem)
     cache += decoded * cache_bytes(policy, 1, stem + length)
     sampled = 3 * 4 * decoded * policy.vocab_size
-    phases.append(Memory(cache=cache, logits=sampled, least=cache / 2))
+    copied = 0.0  # of the weights, see `cast_once`
+    if policy.dtype != "float32":
+        weights = block_params(policy) + policy.vocab_size * policy.model_dim
+        copied = BYTES[policy.dtype] * weights / holders
+    phases.append(
+        Memory(cache=cache, logits=sampled, activations=copied, least=cache / 2)
+    )
 
     pairs = valued.pairs + (length + 1) * (prompt + length)
     seen = dataclasses.replace(valued, pairs=pairs)

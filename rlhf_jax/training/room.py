@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,14 +21,38 @@ class MemoryLimitError(ValueError):
 
 
 def device_limit(device: Any) -> int | None:
-    """Bytes a device may use, on CPU its share of the machine's; None if unknown."""
+    """Bytes a device may use, on CPU its share of the process's; None if unknown."""
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
     try:
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
-    return whole // jax.local_device_count()
+    limits = group_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return min(whole, *limits) // jax.local_device_count()
+
+
+def group_limits(groups: Path, mounted: Path) -> list[int]:
+    """Bytes that the control groups of a process allow it, as containers and jobs do.
+
+    Args:
+        groups: lines `number:controllers:path`, of version 2 without controllers.
+        mounted: where the groups are folders.
+    """
+    found = []
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        root, name = mounted, "memory.max"
+        if controllers:
+            root, name = mounted / "memory", "memory.limit_in_bytes"
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):  # each is held by those around it
+            file = folder / name
+            if folder.is_relative_to(root) and file.exists():
+                found.append(file.read_text().strip())
+    return [int(limit) for limit in found if limit.isdecimal()]  # or "max"
 
 
 def describe(name: str, memory: Memory, limit: int | None) -> str:

@@ -343,10 +343,30 @@ def test_advice_leaves_out_what_is_done_already(monkeypatch):
     )
 
 
-def test_a_cpu_shares_the_machine_among_its_devices():
+def test_a_cpu_shares_the_machine_among_its_devices(monkeypatch):
     device = jax.devices()[0]
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert room.device_limit(device) == whole // jax.local_device_count()
+    for limits in ([], [2**70], [2**30, 2**31]):
+        monkeypatch.setattr(room, "group_limits", lambda *_, found=limits: found)
+        expected = min([whole, *limits]) // jax.local_device_count()
+        assert room.device_limit(device) == expected
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_limits_of_containers_and_jobs_are_read(tmp_path, version):
+    """Of all groups around the process; "max", and other files, are none."""
+    root, name = tmp_path / "memory", "memory.limit_in_bytes"
+    lines = "5:devices:/elsewhere\n4:cpu,memory:/slurm/job\n0::/\n"
+    if version == 2:
+        root, name, lines = tmp_path, "memory.max", "0::/slurm/job\n"
+    (root / "slurm/job").mkdir(parents=True)
+    (root / "slurm/job" / name).write_text("max\n")
+    (root / "slurm" / name).write_text("3000\n")
+    (root / name).write_text("5000\n")
+    (tmp_path.parent / name).write_text("1\n")  # outside
+    (tmp_path / "groups").write_text(lines)
+    assert room.group_limits(tmp_path / "groups", tmp_path) == [3000, 5000]
+    assert room.group_limits(tmp_path / "nothing", tmp_path) == []
 
 
 def test_the_command_refuses_before_anything_is_compiled(tmp_path):
