@@ -29,7 +29,7 @@ def device_limit(device: Any) -> int | None:
     except (AttributeError, ValueError, OSError):
         return None
     limits = group_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    return min(whole, *limits) // jax.local_device_count()
+    return min([whole, *limits]) // jax.local_device_count()
 
 
 def group_limits(groups: Path, mounted: Path) -> list[int]:
