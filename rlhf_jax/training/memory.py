@@ -146,9 +146,10 @@ def ppo_iteration(
     they are laid out (with slots: those of all prompts, and B slots), 3 arrays [B, V],
     and weights in the dtype of their products. Scores: a forward pass of policy,
     reference, value and reward model holds 6 [T, D], 1 [T, F] and the scores of
-    attention, those of the response twice; written out, all four advance together. Then
-    2 chunks of logits of policy and reference each. Ptx: beside the pass of PPO, on
-    which it does not wait.
+    attention, those of the response twice; written out, all four advance together and
+    are fullest in the last block, 1 [R + 1, F], the reward model in the one before it.
+    Then 2 chunks of logits of policy and reference each. Ptx: beside the pass of PPO,
+    on which it does not wait.
 
     Args:
         policy, reward: shapes; a value model of its own has the reward model's.
@@ -190,11 +191,12 @@ def ppo_iteration(
 
     pairs = valued.pairs + (length + 1) * (prompt + length)
     seen = dataclasses.replace(valued, pairs=pairs)
-    models = [policy, policy, reward, *(model for model, _ in own_value)]
+    last = seen.last if unrolled(policy) else seen.tokens
+    models = [(policy, last)] * 2 + [(model, last) for model, _ in own_value]
     forwards = [
-        seen.tokens * activation_size(m, seen) * (6 * m.model_dim + m.mlp_dim)
+        activation_size(m, seen) * (seen.tokens * 6 * m.model_dim + wide * m.mlp_dim)
         + score_bytes(m, seen, 1)
-        for m in models
+        for m, wide in [*models, (reward, seen.tokens)]
     ]
     together = sum if unrolled(policy) else max
     frozen = sum(frozen_bytes(model, holders) for model in (policy, reward))
