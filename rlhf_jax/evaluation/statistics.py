@@ -261,7 +261,7 @@ def _student_estimate(x: np.ndarray, cluster_index: np.ndarray) -> Estimate:
     if num_clusters == 1:
         return Estimate(mean, -math.inf, math.inf, 1)
     variance = num_clusters / (num_clusters - 1) * float(np.sum(sums**2)) / x.size**2
-    from scipy.special import stdtrit  # a tenth of a command's start
+    from scipy.special import stdtrit  # an eighth of what a command imports
 
     half = float(stdtrit(num_clusters - 1, _UPPER_TAIL)) * math.sqrt(variance)
     return Estimate(mean, mean - half, mean + half, num_clusters)

@@ -23,7 +23,7 @@ from experiments.presets import PRESETS
 from rlhf_jax.data.batches import RankingBatch, TokenBatch
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.sampling import Sampling
-from rlhf_jax.nn.transformer import forward, init_params
+from rlhf_jax.nn.transformer import cast_once, forward, init_params
 from rlhf_jax.stages.common import init_model
 from rlhf_jax.stages.ppo import ppo_update
 from rlhf_jax.stages.ppo_run import predict_memory
@@ -265,6 +265,19 @@ def test_slots_need_the_prompts_and_their_own_cache():
     assert at(8) < at(64) == at(4096) == at(None)
 
 
+def test_sampling_holds_weights_in_the_dtype_of_their_products():
+    """Of a model so deep that nothing is fuller than its cache; biases aside."""
+    for dtype in ("float32", "bfloat16"):
+        model = shape(48, dtype=dtype)
+        memory = ppo_iteration(model, model, 256, 64, 64, 256, accelerator=True)
+        params = jax.eval_shape(lambda m=model: init_params(jax.random.key(0), m))
+        copies = jax.eval_shape(lambda p, m=model: cast_once(p, m), params)
+        low = [x for x in jax.tree.leaves(copies) if x.dtype == jnp.bfloat16]
+        held = sum(x.size * x.dtype.itemsize for x in low)
+        assert memory.cache > 0
+        assert memory.activations == pytest.approx(held, rel=0.01)
+
+
 def test_offloaded_models_are_held_only_while_they_score():
     model = shape(dtype="bfloat16")
 
@@ -287,6 +300,9 @@ def test_offloaded_models_are_held_only_while_they_score():
 # ------------------------------------------------------------------------- refusals
 
 
+HALF = Memory(parameters=2**29, activations=2**30, least=2**30)
+
+
 def require(monkeypatch, limit: int | None, memory: Memory, model=None, name="ppo"):
     monkeypatch.setattr(room, "device_limit", lambda _: limit)
     lengths = (f"{name}.prompt_len", f"{name}.sampling.response_len")
@@ -300,9 +316,6 @@ def test_advice_on_frozen_models_ends_with_none_on_the_device(monkeypatch):
         with pytest.raises(room.MemoryLimitError) as error:
             require(monkeypatch, 2**30, memory)
         assert ("ppo.offload_frozen" in fields_of(str(error.value))) == bool(frozen)
-
-
-HALF = Memory(parameters=2**29, activations=2**30, least=2**30)
 
 
 def test_a_step_that_fits_is_told_in_one_line(monkeypatch, capsys):
