@@ -5,15 +5,14 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.nn.decoding import decode_step, layers_apart, prefill
 from rlhf_jax.nn.heads import lm_logits
 from rlhf_jax.nn.sampling import (
     Rollout,
     Sampling,
     check_room,
     contract_logits,
-    decode_step,
     empty_rollout,
-    prefill,
     sample_tokens,
 )
 from rlhf_jax.nn.transformer import Params, cast_once
@@ -68,6 +67,7 @@ def generate_refilled(
     uniforms = draws(jnp.arange(R))  # [R, N]
     last = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)[:, 0]
     stems = prefill(params, prompts, model, 0)
+    layers = layers_apart(params, model)
     first = jnp.arange(B)
     room = ((0, 0), (0, 0), (0, 0), (0, R), (0, 0))
     cache = tuple(jnp.pad(x[:, :B], room) for x in stems)
@@ -102,7 +102,7 @@ def generate_refilled(
         column = stem + jnp.mod(step, R)
         positions = prompt_lengths[rows] - 1 + places
         hidden, cache = decode_step(
-            params, cache, tokens, positions, column, mask, model
+            layers, cache, tokens, positions, column, mask, model
         )
         logits = contract_logits(lm_logits(table, hidden), temperature, sampling)
         drawn, logprobs = sample_tokens(uniforms[places, rows], logits)

@@ -6,23 +6,18 @@ distribution.
 """
 
 import dataclasses
+import functools
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlhf_jax.nn.attention import NEG_INF, causal_attention
+from rlhf_jax.nn.attention import NEG_INF
 from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.nn.decoding import decode_step, layers_apart, prefill, stretches
 from rlhf_jax.nn.heads import lm_logits
-from rlhf_jax.nn.transformer import (
-    Params,
-    block,
-    cast_once,
-    embed,
-    final_norm,
-    unrolled,
-)
+from rlhf_jax.nn.transformer import Params, cast_once
 
 Array = jax.Array
 
@@ -158,98 +153,6 @@ def sample_tokens(uniforms: Array, logits: Array) -> tuple[Array, Array]:
     return tokens, chosen - top[:, 0] - jnp.log(total)
 
 
-def prefill(
-    params: Params, prompts: Array, cfg: TransformerConfig, num_columns: int
-) -> tuple[Array, Array]:
-    """Keys and values of all prompt tokens but the last, in a cache with room for more.
-
-    Args:
-        params: of `init_params`.
-        prompts: int32, [B, P], right-padded.
-        cfg: shape of the model.
-        num_columns: free columns after the P - 1 of the prompt.
-
-    Returns:
-        keys and values, each [L, B, N, P - 1 + num_columns, H] in `cfg.dtype`: the
-        layout in which each decoding step reads them.
-    """
-    tokens = prompts[:, :-1]
-    B, stem = tokens.shape
-    shape = (cfg.num_layers, B, cfg.num_heads, stem + num_columns, cfg.head_dim)
-    if stem == 0:
-        return jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype)
-    positions = jnp.broadcast_to(jnp.arange(stem)[None], tokens.shape)
-
-    def layer(x, layer_params):
-        kept = []
-
-        def attend(q, k, v):
-            kept.extend((jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
-            return causal_attention(q, k, v)
-
-        x = block(layer_params, x, attend, cfg)
-        return x, tuple(kept)
-
-    x = embed(params, tokens, positions, cfg.dtype)
-    _, (keys, values) = jax.lax.scan(layer, x, params["blocks"])
-    room = ((0, 0), (0, 0), (0, 0), (0, num_columns), (0, 0))
-    return jnp.pad(keys, room), jnp.pad(values, room)
-
-
-def decode_step(
-    params: Params,
-    cache: tuple[Array, Array],
-    tokens: Array,
-    positions: Array,
-    column: Array,
-    mask: Array,
-    cfg: TransformerConfig,
-) -> tuple[Array, tuple[Array, Array]]:
-    """Feeds one token a row: writes its keys and values, returns its hidden state.
-
-    Args:
-        params: of `init_params`.
-        cache: keys and values, each [L, B, N, S, H]; the carry of the loops, so that
-            they are updated in place.
-        tokens: int32, [B].
-        positions: int32, [B].
-        column: int32 [], the cache column all rows write to.
-        mask: bool, [B, S], columns each row reads, `column` among them.
-        cfg: shape of the model.
-
-    Returns:
-        hidden states after the last norm, [B, D]; the new cache.
-    """
-
-    def layer(carry, layer_params_and_index):
-        layer_params, index = layer_params_and_index
-        x, keys, values = carry
-        written = []
-
-        def attend(q, k, v):  # [B, 1, N, H]
-            start = (index, 0, 0, column, 0)
-            k, v = jnp.swapaxes(k, 1, 2)[None], jnp.swapaxes(v, 1, 2)[None]
-            all_keys = jax.lax.dynamic_update_slice(keys, k, start)
-            all_values = jax.lax.dynamic_update_slice(values, v, start)
-            written.extend((all_keys, all_values))
-            here = jax.lax.dynamic_index_in_dim(all_keys, index, keepdims=False)
-            scores = q.shape[-1] ** -0.5 * jnp.einsum(
-                "bnh,bnsh->bns", q[:, 0], here, preferred_element_type=jnp.float32
-            )
-            weights = jax.nn.softmax(jnp.where(mask[:, None], scores, NEG_INF), axis=-1)
-            here = jax.lax.dynamic_index_in_dim(all_values, index, keepdims=False)
-            return jnp.einsum("bns,bnsh->bnh", weights.astype(v.dtype), here)[:, None]
-
-        x = block(layer_params, x, attend, cfg)
-        return (x, *written), None
-
-    x = embed(params, tokens[:, None], positions[:, None], cfg.dtype)
-    layers = (params["blocks"], jnp.arange(cfg.num_layers))
-    written_out = jax.default_backend() == "gpu" and unrolled(cfg)
-    (x, keys, values), _ = jax.lax.scan(layer, (x, *cache), layers, unroll=written_out)
-    return final_norm(params, x)[:, 0], (keys, values)
-
-
 def generate(
     params: Params,
     prompts: Array,
@@ -264,8 +167,9 @@ def generate(
 ) -> Rollout:
     """Samples one response to each prompt.
 
-    One `while_loop` over response positions that stops when every row has drawn
-    end-of-text. Masks come from lengths; pad may equal end-of-text.
+    A `while_loop` over response positions that stops when every row has drawn
+    end-of-text; long responses have several in turn, which read ever more of the cache
+    (`stretches`). Masks come from lengths; pad may equal end-of-text.
 
     Args:
         params: policy.
@@ -286,17 +190,16 @@ def generate(
     check_room(P, R, model)
     stem = P - 1
     params, table = cast_once(params, model)
+    layers = layers_apart(params, model)
     in_prompt = jnp.arange(stem)[None] < prompt_lengths[:, None] - 1
-    columns = jnp.arange(stem + R)[None]
     last = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)[:, 0]
 
-    def body(carry):
+    def body(end, carry):
         t, tokens, alive, cache, rollout = carry
-        mask = jnp.concatenate([in_prompt, jnp.ones((B, R), bool)], axis=1) & (
-            columns <= stem + t
-        )
+        so_far = jnp.broadcast_to(jnp.arange(end)[None] <= t, (B, end))
+        mask = jnp.concatenate([in_prompt, so_far], axis=1)
         hidden, cache = decode_step(
-            params, cache, tokens, prompt_lengths - 1 + t, stem + t, mask, model
+            layers, cache, tokens, prompt_lengths - 1 + t, stem + t, mask, model
         )
         logits = contract_logits(lm_logits(table, hidden), temperature, sampling)
         uniforms = jax.random.uniform(jax.random.fold_in(key, t), (B,))
@@ -316,7 +219,10 @@ def generate(
     empty = empty_rollout(B, R, pad_id)
     alive = jnp.ones((B,), bool)
     carry = (jnp.int32(0), last, alive, prefill(params, prompts, model, R), empty)
-    *_, rollout = jax.lax.while_loop(
-        lambda carry: (carry[0] < R) & jnp.any(carry[2]), body, carry
-    )
-    return rollout
+    for end in stretches(R):
+
+        def goes_on(carry, end=end):
+            return (carry[0] < end) & jnp.any(carry[2])
+
+        carry = jax.lax.while_loop(goes_on, functools.partial(body, end), carry)
+    return carry[-1]

@@ -7,6 +7,7 @@ gradient of the pre-training loss to the same update (PPO-ptx).
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -214,29 +215,20 @@ def ppo_update(
     Returns:
         The next state and the metrics of the iteration (docs/metrics.md).
     """
-    rollout = collect_rollout(
-        state, inputs, scalars, cfg=cfg, model=model, eos_id=eos_id, pad_id=pad_id
-    )
-    experience, metrics = make_experience(
-        state,
-        frozen,
-        inputs,
-        rollout,
-        scalars,
-        cfg=cfg,
-        model=model,
-        reward_model=reward_model,
-    )
-    state, update_metrics = optimize(
-        state,
-        experience,
-        inputs,
-        scalars,
-        cfg=cfg,
-        model=model,
-        reward_model=reward_model,
-        mesh=mesh,
-    )
+    shapes: dict[str, Any] = {"cfg": cfg, "model": model}
+    both: dict[str, Any] = shapes | {"reward_model": reward_model}
+    with jax.named_scope("rollout"):  # names for profiles
+        rollout = collect_rollout(
+            state, inputs, scalars, **shapes, eos_id=eos_id, pad_id=pad_id
+        )
+    with jax.named_scope("experience"):
+        experience, metrics = make_experience(
+            state, frozen, inputs, rollout, scalars, **both
+        )
+    with jax.named_scope("optimize"):
+        state, update_metrics = optimize(
+            state, experience, inputs, scalars, **both, mesh=mesh
+        )
     kl_coef = state.kl_coef
     if cfg.kl_target is not None:
         kl_coef = adaptive_kl_coef(

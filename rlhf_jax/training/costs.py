@@ -9,6 +9,7 @@ import dataclasses
 
 from rlhf_jax.nn.attention import causal_pairs
 from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.nn.decoding import stretches
 from rlhf_jax.nn.transformer import unrolled
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -92,16 +93,19 @@ def shared_prompt(
 def rollout(cfg: TransformerConfig, batch: float, prompt: int, length: int) -> Work:
     """Sampling [B, R] after [B, P]: the prompt once, then R steps.
 
-    Each step reads the weights, and keys and values [B, P - 1 + R, 2 L D] behind their
-    mask: the cache has its full width from the start.
+    Each step reads the weights, and of the cache [B, P - 1 + R, 2 L D] the columns that
+    its stretch of the response may fill (`stretches`).
     """
-    size = BYTES[cfg.dtype]
+    size, stem, start = BYTES[cfg.dtype], prompt - 1, 0
     weights = size * (block_params(cfg) + cfg.vocab_size * cfg.model_dim)
-    keys = prompt - 1 + length
-    cache = size * batch * keys * 2 * cfg.num_layers * cfg.model_dim
-    step = forward(cfg, batch, keys, batch) + Work(0.0, weights + cache)
-    stem = prompt - 1
-    return forward(cfg, batch * stem, causal_keys(stem)) + length * step
+    work = forward(cfg, batch * stem, causal_keys(stem))
+    for end in stretches(length) if length else ():
+        keys = stem + end
+        cache = size * batch * keys * 2 * cfg.num_layers * cfg.model_dim
+        step = forward(cfg, batch, keys, batch) + Work(0.0, weights + cache)
+        work += (end - start) * step
+        start = end
+    return work
 
 
 def ppo_iteration(

@@ -9,15 +9,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
+from rlhf_jax.nn import decoding
 from rlhf_jax.nn import sampling as sampling_module
 from rlhf_jax.nn.attention import NEG_INF
+from rlhf_jax.nn.decoding import decode_step, prefill, stretches
 from rlhf_jax.nn.responses import forward_responses
 from rlhf_jax.nn.sampling import (
     Sampling,
     contract_logits,
-    decode_step,
     generate,
-    prefill,
     sample_tokens,
 )
 from rlhf_jax.nn.transformer import forward
@@ -510,6 +510,37 @@ def test_decoding_on_the_cache_gives_the_states_of_a_full_run(tiny, random_param
             jnp.arange(7)[None] <= t,
         )
         np.testing.assert_allclose(hidden, expected[:, t], atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_stretches_of_the_cache_change_no_rollout(
+    monkeypatch, compiled, tiny, policy, prompts, backend
+):
+    """Also with layers written out, as on GPUs; rows end in different stretches."""
+    eager = policy["final_norm"]["bias"] + 3.0 * policy["embed"][EOS]  # ends sooner
+    eager = policy | {"final_norm": policy["final_norm"] | {"bias": eager}}
+    args = (prompts, PROMPT_LENGTHS, 1.0, CONTRACTS[0][0])
+    expected = [compiled(params, *args) for params in (policy, eager)]
+    monkeypatch.setattr(decoding, "MIN_STRETCH", 2)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    ends = stretches(R)
+    last = [np.searchsorted(ends, np.max(rollout.lengths)) for rollout in expected]
+    assert len(ends) == 4 and last[1] < last[0]
+    static = {"eos_id": EOS, "pad_id": PAD, "model": tiny()}
+    static["sampling"] = Sampling(response_len=R)
+    sample = jax.jit(functools.partial(generate, **static))
+    ids = jnp.asarray(prompts), jnp.asarray(PROMPT_LENGTHS), jax.random.key(0)
+    for params, rollout in zip((policy, eager), expected, strict=True):
+        assert_same_rollout(sample(params, *ids, 1.0), rollout)
+
+
+@given(st.integers(1, 1000))
+def test_stretches_end_with_the_response(length):
+    ends = stretches(length)
+    widths = np.diff([0, *ends])
+    assert ends[-1] == length and 1 <= len(ends) <= 4
+    assert len(ends) == 1 or min(widths) >= decoding.MIN_STRETCH
+    assert max(widths) - min(widths) <= 1
 
 
 def test_too_long_a_rollout_is_refused_with_advice(tiny, policy, prompts):

@@ -10,9 +10,9 @@ import pytest
 from rlhf_jax.data.batches import TokenBatch
 from rlhf_jax.nn import transformer
 from rlhf_jax.nn.config import PUBLISHED_SIZES, TransformerConfig
+from rlhf_jax.nn.decoding import decode_step, prefill
 from rlhf_jax.nn.heads import lm_logits
 from rlhf_jax.nn.responses import forward_responses, last_response_states
-from rlhf_jax.nn.sampling import decode_step, prefill
 from rlhf_jax.nn.transformer import cast_once, init_params
 from rlhf_jax.stages.pretrain import lm_loss, sum_logprobs
 from rlhf_jax.training import costs
@@ -109,6 +109,17 @@ def test_a_decoding_step_reads_weights_and_cache(params):
     weights = 4 * (costs.block_params(CFG) + 640 * 128)
     held = sum(x.size * 4 for x in cache)
     assert whole.bytes / 4 == pytest.approx(weights + held)
+
+
+def test_decoding_reads_what_its_stretch_may_fill():
+    """128 tokens in four parts that read 32, 64, 96 and 128 columns and the prompt."""
+    whole, prompt = costs.rollout(CFG, 4, 33, 128), costs.rollout(CFG, 4, 33, 0)
+    rows = 4 * 2 * CFG.num_layers * CFG.model_dim * 4  # bytes of a column
+    weights = 4 * (costs.block_params(CFG) + 640 * 128)
+    assert whole.bytes == 128 * (weights + rows * (32 + 80))
+    attention = 4 * CFG.num_layers * CFG.model_dim * 4 * 128 * (32 + 80)
+    products = 2 * 4 * 128 * (costs.block_params(CFG) + 640 * 128)
+    assert whole.flops - prompt.flops == attention + products
 
 
 def test_a_longer_iteration_costs_in_proportion():
