@@ -98,7 +98,7 @@ class Plan:
 def row(cfg: Plan, name: str) -> list[str]:
     """One policy: its cells in the order of the table's columns."""
     policy, reward = (
-        dataclasses.replace(PUBLISHED_SIZES[n], dtype="bfloat16", remat=True)
+        dataclasses.replace(PUBLISHED_SIZES[n], dtype="bfloat16", remat="block")
         for n in (name, cfg.reward_model)
     )
     phases = costs.ppo_iteration(

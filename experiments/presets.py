@@ -162,7 +162,9 @@ def gpu(name: str = "gpt2") -> InstructGPT:
 
     Lengths are shares of the model's context (of 1024 positions of it at most).
     """
-    model = dataclasses.replace(PUBLISHED_SIZES[name], dtype="bfloat16", remat=True)
+    model = dataclasses.replace(PUBLISHED_SIZES[name], dtype="bfloat16")
+    if model.num_layers > 12:
+        model = dataclasses.replace(model, remat="block")
     context = min(model.max_len, 1024)
     half, quarter = context // 2, context // 4
     sampling = Sampling(response_len=quarter)

@@ -50,7 +50,7 @@ def test_different_work_is_not_timed():
 
 def test_the_formula_counts_the_programs_products():
     """Forward and backward as XLA counts them, which knows no causal half."""
-    cfg = dataclasses.replace(training.model_config(1024), remat=False)
+    cfg = dataclasses.replace(training.model_config(1024), remat="none")
     batch, _, _ = system._problem(cfg, 2, 128)
     params = jax.eval_shape(lambda: training.init_params(jax.random.key(0), cfg))
     grad = jax.jit(jax.grad(lambda p: lm_loss(p, batch, None, model=cfg)[0]))  # type: ignore

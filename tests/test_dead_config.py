@@ -33,6 +33,7 @@ SHAPE = TransformerConfig(
 # Values that differ from those of the base configs, where a guess would not do.
 OTHER = {
     "norm": "post",
+    "remat": "elementwise",
     "dtype": "bfloat16",
     "document_end": 3,
     "num_heads": 4,

@@ -6,6 +6,7 @@ bandwidth of a copy. FLOPs and bytes are counted from the shapes.
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
 
+Remat = Literal["none", "elementwise", "block"]
 V = 50304  # GPT-2's 50257 filled up to a multiple of 128, on both sides
 
 
@@ -46,7 +48,7 @@ def limits() -> tuple[float, float]:
     return matmul_flops(8192, dtype="bfloat16"), copy_bytes()
 
 
-def shape(name: str, remat: bool = False) -> TransformerConfig:
+def shape(name: str, remat: Remat = "none") -> TransformerConfig:
     """A published model in bfloat16."""
     return dataclasses.replace(
         PUBLISHED_SIZES[name], dtype="bfloat16", vocab_size=V, remat=remat
@@ -71,7 +73,7 @@ def train(
     T, B, case = cfg.max_len, batch_size, f"train/{cfg.num_params / 1e6:.0f}M"
     params = init_params(jax.random.key(0), cfg)
     model = hf_gpt2(params, cfg).train()
-    if cfg.remat:
+    if cfg.remat != "none":
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     rows = np.random.default_rng(0).integers(0, V, (B, T + 1)).astype(np.int32)
@@ -172,7 +174,11 @@ def ppo(work: Workload, goal: float, repeats: int) -> list[Row]:
 def measurements(repeats: int):
     """All cases, goals as shares of the limits."""
     repeats = min(repeats, 3)
-    small, medium, large = shape("gpt2"), shape("gpt2-medium"), shape("gpt2-xl", True)
+    small, medium, large = (
+        shape("gpt2"),
+        shape("gpt2-medium"),
+        shape("gpt2-xl", "elementwise"),
+    )
     many = Workload(small, 512, 256, 256, epochs=1, microbatch=32, minibatches=8)
     few = Workload(small, 64, 256, 256, epochs=1, microbatch=16, minibatches=1)
     return [

@@ -30,8 +30,9 @@ class TransformerConfig:
     document_end: int | None = None
     """Token that ends a document: attention never crosses it and positions begin anew
     after it. None (GPT-3): packed documents see those before them. A run sets it."""
-    remat: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    remat: Literal["none", "elementwise", "block"] = "none"
+    """What the backward pass computes again to hold less: nothing, of each block all
+    but its dense layers (norms, gelu, attention), or each block from its input on."""
 
     def __post_init__(self):
         for name in ("num_layers", "model_dim", "num_heads", "max_len", "vocab_size"):
@@ -53,6 +54,10 @@ class TransformerConfig:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}"
+            )
+        if self.remat not in ("none", "elementwise", "block"):
+            raise ValueError(
+                f"remat must be 'none', 'elementwise' or 'block', got {self.remat!r}"
             )
 
     @property

@@ -28,6 +28,14 @@ Attend = Callable[[Array, Array, Array], Array]
 
 MAX_UNROLLED = 4  # layers; more are one loop, which compiles as fast as one layer
 MAX_UNROLLED_GPU = 24  # there the loop copies what the backward pass needs
+_REMAT: dict[str, Callable] = {
+    "none": lambda f: f,
+    "elementwise": functools.partial(
+        jax.checkpoint,
+        policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    ),
+    "block": jax.checkpoint,
+}
 
 
 def init_params(key: Array, cfg: TransformerConfig) -> Params:
@@ -219,7 +227,7 @@ def final_norm(params: Params, x: Array) -> Array:
 
 def unrolled(cfg: TransformerConfig) -> bool:
     """Whether the layers, [L, ...], are written out instead of looped over."""
-    on_gpu = jax.default_backend() == "gpu" and not cfg.remat
+    on_gpu = jax.default_backend() == "gpu" and cfg.remat == "none"
     return cfg.num_layers <= (MAX_UNROLLED_GPU if on_gpu else MAX_UNROLLED)
 
 
@@ -254,7 +262,7 @@ def transformer(
     chex.assert_equal_shape([tokens, positions])
     x = embed(params, tokens, positions, cfg.dtype)
     apply = functools.partial(block, attend=attend, cfg=cfg)
-    remat = jax.checkpoint if cfg.remat else lambda f: f
+    remat = _REMAT[cfg.remat]
     apply = remat(apply)
 
     def layer(x, layer_params_and_index):

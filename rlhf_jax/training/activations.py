@@ -96,13 +96,15 @@ def kept_bytes(model: TransformerConfig, row: Row) -> float:
     MLP's hidden units); per pair of positions and head, exponentials and weights.
     Of layers written out (`unrolled`) XLA keeps 3 [F] and 3 of pairs, and computes the
     rest again where it is read. Dropout keeps two masks [D]; written out, also their
-    random bits. With remat: one residual stream [D] a layer, unless layers are written
-    out on CPU, where XLA merges what was to be computed again.
+    random bits. With remat a layer keeps its input [D] and, of "elementwise", what its
+    products made: q, k, v, attention's output and [F], unless layers are written out on
+    CPU, where XLA merges what was to be computed again.
     """
     looped = not unrolled(model)
-    if model.remat and (looped or row.accelerator):
-        stream = row.tokens * model.model_dim * activation_size(model, row)
-        return model.num_layers * stream
+    if model.remat != "none" and (looped or row.accelerator):
+        arrays = 1 if model.remat == "block" else 9
+        array = row.tokens * model.model_dim * activation_size(model, row)
+        return model.num_layers * arrays * array
     layers = model.num_layers - (0.0 if looped else 1 - row.last / row.tokens)
     return layers * _one_block(model, row, looped)
 
@@ -118,7 +120,9 @@ def working_bytes(model: TransformerConfig, row: Row) -> float:
     size = row.tokens * activation_size(model, row)
     if unrolled(model):
         return size * F
-    return size * (4 * D + (2 + model.remat) * F) + score_bytes(model, row, 2)
+    return size * (4 * D + (2 + (model.remat != "none")) * F) + score_bytes(
+        model, row, 2
+    )
 
 
 def logits_bytes(model: TransformerConfig, rows: float, row: Row) -> float:
@@ -148,5 +152,5 @@ def least_bytes(model: TransformerConfig, row: Row) -> float:
     may recompute by itself, 1. Scores [T, S] need not exist.
     """
     layers = model.num_layers - (1 - row.last / row.tokens)
-    arrays = 1 if model.remat or row.accelerator else 10
+    arrays = 1 if model.remat != "none" or row.accelerator else 10
     return layers * arrays * row.tokens * model.model_dim * BYTES[model.dtype]

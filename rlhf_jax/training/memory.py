@@ -96,7 +96,7 @@ def _backward(
     if holders > 1:  # parameters gathered for their products
         kept += sum(gathered_bytes(model) for model, _ in parts)
     for model, _ in parts:  # weights in the dtype of the products, for both passes
-        if model.dtype != "float32" and not model.remat:
+        if model.dtype != "float32" and model.remat == "none":
             kept += block_params(model) * BYTES[model.dtype]
     working = rows * max(working_bytes(*part) for part in parts)
     logits = max(logits_bytes(model, rows, row) for model, row in parts)

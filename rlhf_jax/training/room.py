@@ -144,8 +144,8 @@ def advice(
     steps = [f"raise {name}.num_microbatches"]
     if memory.cache:  # sampling is the fullest moment
         steps = [f"set or lower {name}.num_slots"]
-    if not model.remat:
-        steps.append("set pretrain.model.remat (a new run)")
+    if model.remat != "block":
+        steps.append("set pretrain.model.remat to block (a new run)")
     steps += offload
     steps.append("raise mesh.fsdp or mesh.tensor (more devices)")
     steps += [f"shorten {field}" for field in lengths]

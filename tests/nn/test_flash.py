@@ -54,7 +54,7 @@ def program_for_tpu(monkeypatch, shape, **changes):
     """Gradient of the loss on packed text, in bfloat16, layers in a loop, remat."""
     monkeypatch.setattr(attention, "flash", lambda q: q.shape[1] >= 128)
     sizes = {"num_layers": 6, "model_dim": 128, "num_heads": 2, "max_len": 256}
-    how = {"dtype": "bfloat16", "document_end": 3, "remat": True}
+    how = {"dtype": "bfloat16", "document_end": 3, "remat": "block"}
     model = TransformerConfig(**sizes | changes, **how, vocab_size=256)
     mesh = some_devices(*shape)
     like = jax.eval_shape(lambda: init_params(jax.random.key(0), model))

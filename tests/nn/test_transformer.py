@@ -253,7 +253,8 @@ def test_wider_padding_changes_no_real_state(ragged, compiled_responses):
 # ------------------------------------------------------- remat, dropout, dtype, init
 
 
-def test_recomputing_blocks_changes_neither_value_nor_gradient(tiny, random_params):
+@pytest.mark.parametrize("remat", ["elementwise", "block"])
+def test_recomputing_changes_neither_value_nor_gradient(tiny, random_params, remat):
     params = random_params(tiny())
     tokens = jnp.arange(6, dtype=jnp.int32)[None]
 
@@ -266,7 +267,7 @@ def test_recomputing_blocks_changes_neither_value_nor_gradient(tiny, random_para
             )
         )(params)
 
-    plain, recomputed = run(tiny(dropout=0.3)), run(tiny(dropout=0.3, remat=True))
+    plain, recomputed = run(tiny(dropout=0.3)), run(tiny(dropout=0.3, remat=remat))
     assert_trees_close(recomputed, plain, atol=1e-5, rtol=1e-5)
 
 

@@ -101,10 +101,11 @@ def assert_predicted(memory: Memory, found, rel: float = 0.1) -> None:
         (shape(vocab=50257), 1),  # in four chunks of logits
         (shape(12), 1),
         pytest.param(shape(), 1, marks=pytest.mark.slow),
-        pytest.param(shape(12, remat=True), 4, marks=pytest.mark.slow),
+        pytest.param(shape(12, remat="block"), 4, marks=pytest.mark.slow),
         pytest.param(shape(dropout=0.2), 1, marks=pytest.mark.slow),
         pytest.param(shape(12), 4, marks=pytest.mark.slow),
-        pytest.param(shape(12, remat=True), 1, marks=pytest.mark.slow),
+        pytest.param(shape(12, remat="block"), 1, marks=pytest.mark.slow),
+        pytest.param(shape(12, remat="elementwise"), 1, marks=pytest.mark.slow),
         pytest.param(shape(12, vocab=50257), 4, marks=pytest.mark.slow),
     ],
     ids=lambda x: f"L{x.num_layers}" if isinstance(x, TransformerConfig) else f"M{x}",
@@ -120,7 +121,7 @@ def test_a_step_on_text(model, parts):
     [
         shape(),
         pytest.param(shape(12), marks=pytest.mark.slow),
-        pytest.param(shape(12, remat=True), marks=pytest.mark.slow),
+        pytest.param(shape(12, remat="block"), marks=pytest.mark.slow),
     ],
     ids=lambda model: f"L{model.num_layers}",
 )
@@ -196,7 +197,7 @@ def test_an_iteration_of_ppo(model, changes):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "elementwise", "block"])
 def test_a_loop_keeps_what_autodiff_asks_for(remat, dropout):
     """Stacked arrays [L, ...] of a row, those of one number a position aside."""
     model = shape(6, 32, 16, remat=remat, dropout=dropout)
@@ -257,7 +258,7 @@ def test_a_step_on_text_with_fsdp(num_layers):
 
 def test_slots_need_the_prompts_and_their_own_cache():
     """Never more than all episodes decoded at once with a cache as wide."""
-    model = shape(dtype="bfloat16", remat=True)
+    model = shape(dtype="bfloat16", remat="block")
 
     def at(slots):
         return ppo_iteration(model, model, 64, 512, 512, 64, slots=slots).least
@@ -348,7 +349,7 @@ def test_a_step_that_cannot_fit_is_refused_with_fields_to_change(
 
 
 def test_advice_leaves_out_what_is_done_already(monkeypatch):
-    model = shape(remat=True, dtype="bfloat16")
+    model = shape(remat="block", dtype="bfloat16")
     with pytest.raises(room.MemoryLimitError) as error:
         require(monkeypatch, 2**29, dataclasses.replace(HALF, parameters=0), model)
     assert not {"pretrain.model.remat", "pretrain.model.dtype"} & set(
