@@ -1,4 +1,4 @@
-"""What the compiler must be told where parameters are cut: that rows stay put.
+"""What the compiler must be told where parameters are cut: what stays where.
 
 An array's type names the axes of its mesh, also while it is traced, so that no mesh is
 handed down here; on one device, and within `shard_map`, nothing is changed. Decoding is
@@ -16,21 +16,44 @@ OPEN = jax.P.UNCONSTRAINED  # how this axis is cut is left to the compiler
 
 
 def on_tensor_axis(w: Array) -> bool:
-    """Whether parameters [...] are on a mesh with several devices along `tensor`."""
+    """Whether an array [...] is on a mesh with several devices along `tensor`."""
     return jax.typeof(w).sharding.mesh.shape.get("tensor", 1) > 1
 
 
-def keep_rows_dealt(x: Array) -> Array:
-    """Activations [B, T, D] with their rows where the batch has them.
+def keep_dealt(x: Array) -> Array:
+    """Residual stream [B, T, D] with its rows where the batch has them, and, along
+    tensor, its positions dealt over the devices that share a layer.
 
     Weights that fsdp has cut and rows that it has dealt leave a choice, and in a loop
-    over layers XLA gathers the rows. A B that cannot be dealt is left alone.
+    over layers XLA gathers the rows. A sum of the devices' parts, as a product's, needs
+    `whole_rows` first, or XLA gathers weights instead. A B or T that cannot be dealt is
+    left alone.
+
+    Source of dealt positions: Korthikanti et al. 2022, sequence parallelism.
     """
+    rows = _dealt_rows(x)
+    if rows is None:
+        return x
+    tensor = jax.typeof(x).sharding.mesh.shape.get("tensor", 1)
+    if tensor == 1 or x.shape[1] % tensor:
+        return _constrained(x, rows, OPEN, OPEN)
+    return _constrained(x, rows, "tensor", None)
+
+
+def whole_rows(x: Array) -> Array:
+    """Activations [B, T, D] with all positions of a row on each device that has it."""
+    rows = _dealt_rows(x)
+    if rows is None or not on_tensor_axis(x):
+        return x
+    return _constrained(x, rows, None, None)
+
+
+def _dealt_rows(x: Array) -> tuple[str, ...] | None:
+    """Axes that deal B of [B, T, D]; None where they cannot, or for one position."""
     mesh = jax.typeof(x).sharding.mesh
     rows = tuple(name for name in mesh.axis_names if name != "tensor")
-    if x.shape[1] == 1 or x.shape[0] % math.prod(mesh.shape[name] for name in rows):
-        return x
-    return _constrained(x, rows, OPEN, OPEN)
+    uneven = x.shape[0] % math.prod(mesh.shape[name] for name in rows)
+    return None if x.shape[1] == 1 or uneven else rows
 
 
 def embedding_table(table: Array, ids: Array) -> Array:
@@ -70,6 +93,6 @@ def _automatic(mesh: Any) -> bool:
 
 def _constrained(x: Array, *axes: Any) -> Array:
     mesh = jax.typeof(x).sharding.mesh
-    if mesh.size == mesh.shape.get("tensor", 1) or not _automatic(mesh):
+    if mesh.size == 1 or not _automatic(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, jax.P(*axes)))

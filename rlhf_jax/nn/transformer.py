@@ -20,7 +20,7 @@ from rlhf_jax.nn.attention import (
     full_precision,
 )
 from rlhf_jax.nn.config import TransformerConfig
-from rlhf_jax.nn.devices import embedding_table, keep_rows_dealt, on_tensor_axis
+from rlhf_jax.nn.devices import embedding_table, keep_dealt, on_tensor_axis, whole_rows
 
 Array = jax.Array
 Params = Any  # nested dict of float32 arrays; blocks stacked on a leading axis L
@@ -164,23 +164,23 @@ def _block(params, x, attend, cfg, key, rows):
     keys = (None, None) if key is None else tuple(jax.random.split(key))
     pre = cfg.norm == "pre"
 
-    x = keep_rows_dealt(x)
-    h = layer_norm(params["attn_norm"], x) if pre else x
+    x = keep_dealt(x)
+    h = whole_rows(layer_norm(params["attn_norm"], x) if pre else x)
     if rows is None:
         qkv = _dense(params["qkv"], h)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     else:
         kv = _dense(jax.tree.map(lambda p: p[..., 1:, :, :], params["qkv"]), h)
         k, v = kv[:, :, 0], kv[:, :, 1]
-        x, h = _take(x, rows), _take(h, rows)
+        x, h = _take(whole_rows(x), rows), _take(h, rows)
         q = _dense(jax.tree.map(lambda p: p[..., 0, :, :], params["qkv"]), h)
-    out = _dense(params["attn_out"], attend(q, k, v))
+    out = keep_dealt(whole_rows(_dense(params["attn_out"], attend(q, k, v))))
     x = x + _dropout(out, cfg.dropout, keys[0])
     x = x if pre else layer_norm(params["attn_norm"], x)
 
-    h = layer_norm(params["mlp_norm"], x) if pre else x
+    h = whole_rows(layer_norm(params["mlp_norm"], x) if pre else x)
     h = jax.nn.gelu(_dense(params["mlp_up"], h), approximate=True)
-    out = _dense(params["mlp_down"], h)
+    out = keep_dealt(whole_rows(_dense(params["mlp_down"], h)))
     x = x + _dropout(out, cfg.dropout, keys[1])
     return x if pre else layer_norm(params["mlp_norm"], x)
 
@@ -260,7 +260,7 @@ def transformer(
     """
     chex.assert_rank([tokens, positions], 2)
     chex.assert_equal_shape([tokens, positions])
-    x = embed(params, tokens, positions, cfg.dtype)
+    x = whole_rows(embed(params, tokens, positions, cfg.dtype))
     apply = functools.partial(block, attend=attend, cfg=cfg)
     remat = _REMAT[cfg.remat]
     apply = remat(apply)
@@ -281,8 +281,8 @@ def transformer(
         apply = functools.partial(block, attend=attend_last, cfg=cfg, rows=rows)
         x = remat(apply)(final, x)
     elif last is not None:  # a slice of many blocks would copy their parameters
-        x = _take(x, last[0])
-    return final_norm(params, x)
+        x = _take(whole_rows(x), last[0])
+    return whole_rows(final_norm(params, x))
 
 
 def forward(

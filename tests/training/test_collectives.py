@@ -24,7 +24,8 @@ COLLECTIVES = re.compile(
     r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)"
     r"(?:-start)?\("
 )
-B, T, V = 40, 7, 96  # of `tensor_program`: B, T, B T and their parts are no other size
+# of `tensor_program`: B, T, B T and their parts are no other size; an odd T stays whole
+B, T, V = 40, 7, 96
 
 
 def computations(hlo: str) -> dict[str, str]:
@@ -95,11 +96,16 @@ def shapes(hlo: str, kind: str) -> list[tuple[int, ...]]:
 
 @functools.cache
 def tensor_program(
-    shape: tuple[int, int, int], part: str = "step", num_layers: int = 2
+    shape: tuple[int, int, int], part="step", num_layers=2, T=T, remat="none"
 ) -> str:
     """Text of a train step, or of its loss alone, on (data, fsdp, tensor) devices."""
     model = TransformerConfig(
-        num_layers=num_layers, model_dim=16, num_heads=4, max_len=32, vocab_size=V
+        num_layers=num_layers,
+        model_dim=16,
+        num_heads=4,
+        max_len=32,
+        vocab_size=V,
+        remat=remat,
     )
     mesh, opt = some_devices(*shape), OptimizerConfig()
     ids = np.zeros((B, T + 1), np.int32)
@@ -143,6 +149,21 @@ def test_an_update_gathers_nothing_along_tensor(shape):
     gradient = [2, 3, 4, 16]  # of a layer's qkv: two of four heads, in any order
     assert [sorted(x) for x in sizes].count(gradient) == (2 if shape[0] > 1 else 0)
     assert f"f32[{rows * T},{V // 2}]" in hlo and f"f32[{rows * T},{V}]" not in hlo
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 1, 2)], ids=by_sizes)
+def test_positions_are_dealt_between_products(shape):
+    """Before each layer's two pairs of products and the head a row is put together;
+    the residual streams that a loop keeps are dealt; no weight moves."""
+    T, rows = 14, B // shape[0]
+    for num_layers in (2, 6):
+        hlo = tensor_program(shape, "loss", num_layers, T)
+        assert set(COLLECTIVES.findall(hlo)) == {"all-reduce", "all-gather"}
+        bodies = 1 if num_layers == 6 else num_layers
+        assert shapes(hlo, "all-gather") == [(rows, T, 16)] * (2 * bodies + 1)
+    hlo = tensor_program(shape, "step", 6, T, "block")
+    assert f"f32[6,{rows},{T // 2},16]" in hlo and f"f32[6,{rows},{T},16]" not in hlo
+    assert set(shapes(hlo, "all-gather")) == {(rows, T, 16)}
 
 
 @pytest.mark.parametrize("num_layers", [2, 6])  # written out, and a loop
