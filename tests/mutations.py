@@ -377,8 +377,22 @@ MUTATIONS = (
     Mutation(
         "decoding one position late",
         _SAMPLING,
-        "params, cache, tokens, prompt_lengths - 1 + t, stem + t",
-        "params, cache, tokens, prompt_lengths + t, stem + t",
+        "layers, cache, tokens, prompt_lengths - 1 + t, stem + t",
+        "layers, cache, tokens, prompt_lengths + t, stem + t",
+        _T_SAMPLING,
+    ),
+    Mutation(
+        "layers written out in decoding start from the last",
+        "rlhf_jax/nn/decoding.py",
+        "for i in range(cfg.num_layers)]",
+        "for i in range(cfg.num_layers)[::-1]]",
+        _T_SAMPLING,
+    ),
+    Mutation(
+        "a stretch decodes one token beyond the cache that it reads",
+        _SAMPLING,
+        "(carry[0] < end) & jnp.any(carry[2])",
+        "(carry[0] <= end) & (carry[0] < R) & jnp.any(carry[2])",
         _T_SAMPLING,
     ),
     Mutation(

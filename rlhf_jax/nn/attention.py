@@ -39,7 +39,7 @@ def fused(q: Array) -> bool:
     """Whether cuDNN computes attention of such queries: bfloat16 on an NVIDIA GPU.
 
     Its gradient adds up in no fixed order: three calls differed in their last bits on
-    an H100. `XLA_FLAGS=--xla_gpu_deterministic_ops=true` asks XLA for a fixed one.
+    an H100.
 
     Args:
         q: [B, T, N, H].
