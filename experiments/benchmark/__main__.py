@@ -101,12 +101,16 @@ def cases(repeats: int, out: Path) -> dict[Group, list[Callable[[], list[Row]]]]
     }
 
 
+def more_is_better(row: Row) -> bool:
+    """Of a rate; not of a time or of bytes."""
+    return row.unit in ("times as fast", "of the law", "of the limit")
+
+
 def reached(row: Row) -> bool | None:
     """Whether the median meets the goal; None where there is no goal."""
     if row.goal is None:
         return None
-    more_is_better = row.unit in ("times as fast", "of the law", "of the limit")
-    return row.ratio >= row.goal if more_is_better else row.ratio <= row.goal
+    return row.ratio >= row.goal if more_is_better(row) else row.ratio <= row.goal
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -166,7 +170,8 @@ def main() -> None:
     table = Table("case", "against", "median", "spread", "unit", "must", title="ratios")
     for row in rows:
         spread = f"{row.low:.2f} to {row.high:.2f}"
-        goal = "" if row.goal is None else f"{row.goal}"
+        bound = "at least" if more_is_better(row) else "at most"
+        goal = "" if row.goal is None else f"{bound} {row.goal}"
         table.add_row(row.case, row.against, f"{row.ratio:.2f}", spread, row.unit, goal)
     console.print(table)
     draw(rows, cfg.out / "benchmark.png")

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 
 from rlhf_jax.nn.attention import NEG_INF, attention_scores, causal_attention
 from rlhf_jax.nn.config import TransformerConfig
-from rlhf_jax.nn.transformer import Params, block, embed, final_norm, unrolled
+from rlhf_jax.nn.transformer import (
+    MAX_UNROLLED_GPU,
+    Params,
+    block,
+    embed,
+    final_norm,
+)
 
 Array = jax.Array
 
@@ -28,7 +34,7 @@ def layers_apart(params: Params, cfg: TransformerConfig) -> Params:
     Written out in a loop over tokens, a slice of stacked weights is copied in each
     step: 24 of 151 ms for 128 steps of GPT-2 124M on an H100.
     """
-    if jax.default_backend() != "gpu" or not unrolled(cfg):
+    if jax.default_backend() != "gpu" or cfg.num_layers > MAX_UNROLLED_GPU:
         return params
     blocks = params["blocks"]
     layers = [jax.tree.map(lambda p: p[i], blocks) for i in range(cfg.num_layers)]  # noqa: B023

@@ -216,7 +216,7 @@ def cast_once(params: Params, cfg: TransformerConfig) -> tuple[Params, Params]:
 def embed(params: Params, tokens: Array, positions: Array, dtype: str) -> Array:
     """Adds token and position embeddings: ids and positions [B, T] -> [B, T, D]."""
     table = embedding_table(params["embed"], tokens)
-    x = table[tokens] + params["pos_embed"][positions]
+    x = whole_rows(table[tokens]) + params["pos_embed"][positions]
     return x.astype(dtype)
 
 
@@ -260,7 +260,7 @@ def transformer(
     """
     chex.assert_rank([tokens, positions], 2)
     chex.assert_equal_shape([tokens, positions])
-    x = whole_rows(embed(params, tokens, positions, cfg.dtype))
+    x = embed(params, tokens, positions, cfg.dtype)
     apply = functools.partial(block, attend=attend, cfg=cfg)
     remat = _REMAT[cfg.remat]
     apply = remat(apply)

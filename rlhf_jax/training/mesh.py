@@ -33,9 +33,9 @@ class MeshConfig:
     the others hold replicas."""
     tensor: int = 1
     """Devices of one process that share each layer's work on the same rows: attention
-    heads, the MLP's width and the vocabulary are dealt over them. What it does not
-    divide stays whole: make `pretrain.model.num_heads` and `tokenizer.vocab_size`
-    multiples of it."""
+    heads, the MLP's width and the vocabulary are dealt over them, and between products
+    the positions. What it does not divide stays whole: make `pretrain.model.num_heads`,
+    `tokenizer.vocab_size` and the lengths of rows multiples of it."""
 
     def shape(self, num_devices: int) -> tuple[int, int, int]:
         """Sizes of the axes (data, fsdp, tensor) on so many devices.
