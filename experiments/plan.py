@@ -5,8 +5,8 @@ python -m experiments.plan gpt3-xl gpt3-6.7b gpt3-175b --devices 256
 Counted from the shapes (`rlhf_jax.training.costs`): work in petaflop/s-days, bytes each
 device must hold, and hours at the rates given. Each device decodes its own episodes
 and reads all weights at every token, as replicas and fsdp do. Blocks are computed again
-in the backward pass (`remat`). Links between devices are not counted, and nothing is
-said of what a rate will be there: give one you have measured.
+in the backward pass (`remat` block). Links between devices are not counted, and nothing
+is said of what a rate will be there: give one you have measured.
 
 trained: parameters, moments, gradients. frozen: reference, average, reward model.
 cache: while sampling. logits: of a microbatch of text. peak: all that is held at the

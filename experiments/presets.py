@@ -160,7 +160,9 @@ def smoke() -> InstructGPT:
 def gpu(name: str = "gpt2") -> InstructGPT:
     """A published model on a GPU, with InstructGPT's constants where it published them.
 
-    Lengths are shares of the model's context (of 1024 positions of it at most).
+    Lengths are shares of the model's context (of 1024 positions of it at most). Deeper
+    models than 124M recompute blocks; its own activations fit beside the cache of 512
+    episodes, which the memory planner takes to be the fullest moment.
     """
     model = dataclasses.replace(PUBLISHED_SIZES[name], dtype="bfloat16")
     if model.num_layers > 12:
@@ -191,7 +193,7 @@ def gpu(name: str = "gpt2") -> InstructGPT:
             prompt_len=half, response_len=half, num_microbatches=16
         ),
         ppo=ppo,
-        ppo_ptx=dataclasses.replace(ppo, ptx_coef=27.8),
+        ppo_ptx=dataclasses.replace(ppo, ptx_coef=27.8, num_microbatches=16),
         evaluate=EvaluateConfig(
             prompt_len=half,
             few_shot_len=half + quarter,

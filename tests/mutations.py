@@ -384,8 +384,8 @@ MUTATIONS = (
     Mutation(
         "layers written out in decoding start from the last",
         "rlhf_jax/nn/decoding.py",
-        "for i in range(cfg.num_layers)]",
-        "for i in range(cfg.num_layers)[::-1]]",
+        "layer(i) for i in range(cfg.num_layers))",
+        "layer(i) for i in range(cfg.num_layers)[::-1])",
         _T_SAMPLING,
     ),
     Mutation(

@@ -6,7 +6,6 @@ bandwidth of a copy. FLOPs and bytes are counted from the shapes.
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ from experiments.benchmark.timing import (
 )
 from experiments.benchmark.training import train_flops
 from rlhf_jax.data.batches import TokenBatch
-from rlhf_jax.nn.config import PUBLISHED_SIZES, TransformerConfig
+from rlhf_jax.nn.config import PUBLISHED_SIZES, Remat, TransformerConfig
 from rlhf_jax.nn.sampling import Sampling, generate
 from rlhf_jax.nn.transformer import init_params
 from rlhf_jax.stages.pretrain import lm_loss
@@ -38,7 +37,6 @@ from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
 
-Remat = Literal["none", "elementwise", "block"]
 V = 50304  # GPT-2's 50257 filled up to a multiple of 128, on both sides
 
 

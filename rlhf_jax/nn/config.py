@@ -1,7 +1,9 @@
 """Shape of a transformer, and the published sizes of the GPT family by name."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
+
+Remat = Literal["none", "elementwise", "block"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class TransformerConfig:
     document_end: int | None = None
     """Token that ends a document: attention never crosses it and positions begin anew
     after it. None (GPT-3): packed documents see those before them. A run sets it."""
-    remat: Literal["none", "elementwise", "block"] = "none"
+    remat: Remat = "none"
     """What the backward pass computes again to hold less: nothing, of each block all
     but its dense layers (norms, gelu, attention), or each block from its input on."""
 
@@ -55,7 +57,7 @@ class TransformerConfig:
             raise ValueError(
                 f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}"
             )
-        if self.remat not in ("none", "elementwise", "block"):
+        if self.remat not in get_args(Remat):
             raise ValueError(
                 f"remat must be 'none', 'elementwise' or 'block', got {self.remat!r}"
             )

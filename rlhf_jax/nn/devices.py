@@ -26,7 +26,8 @@ def keep_dealt(x: Array) -> Array:
 
     Weights that fsdp has cut and rows that it has dealt leave a choice, and in a loop
     over layers XLA gathers the rows. A sum of the devices' parts, as a product's, needs
-    `whole_rows` first, or XLA gathers weights instead. A B or T that cannot be dealt is
+    `whole_rows` first, or XLA gathers weights instead; a compiler that makes a
+    reduce-scatter of the two moves as much as without. A B or T that cannot be dealt is
     left alone.
 
     Source of dealt positions: Korthikanti et al. 2022, sequence parallelism.

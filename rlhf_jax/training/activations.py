@@ -97,12 +97,15 @@ def kept_bytes(model: TransformerConfig, row: Row) -> float:
     Of layers written out (`unrolled`) XLA keeps 3 [F] and 3 of pairs, and computes the
     rest again where it is read. Dropout keeps two masks [D]; written out, also their
     random bits. With remat a layer keeps its input [D] and, of "elementwise", what its
-    products made: q, k, v, attention's output and [F], unless layers are written out on
-    CPU, where XLA merges what was to be computed again.
+    products made: q, k, v, attention's output, [F] and, for a norm after it, the MLP's
+    output; unless layers are written out on CPU, where XLA merges what was to be
+    computed again.
     """
     looped = not unrolled(model)
     if model.remat != "none" and (looped or row.accelerator):
-        arrays = 1 if model.remat == "block" else 9
+        arrays = 1
+        if model.remat == "elementwise":
+            arrays = 9 if model.norm == "pre" else 10
         array = row.tokens * model.model_dim * activation_size(model, row)
         return model.num_layers * arrays * array
     layers = model.num_layers - (0.0 if looped else 1 - row.last / row.tokens)
@@ -120,9 +123,8 @@ def working_bytes(model: TransformerConfig, row: Row) -> float:
     size = row.tokens * activation_size(model, row)
     if unrolled(model):
         return size * F
-    return size * (4 * D + (2 + (model.remat != "none")) * F) + score_bytes(
-        model, row, 2
-    )
+    widths = 4 * D + (2 if model.remat == "none" else 3) * F
+    return size * widths + score_bytes(model, row, 2)
 
 
 def logits_bytes(model: TransformerConfig, rows: float, row: Row) -> float:

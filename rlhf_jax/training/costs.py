@@ -99,7 +99,7 @@ def rollout(cfg: TransformerConfig, batch: float, prompt: int, length: int) -> W
     size, stem, start = BYTES[cfg.dtype], prompt - 1, 0
     weights = size * (block_params(cfg) + cfg.vocab_size * cfg.model_dim)
     work = forward(cfg, batch * stem, causal_keys(stem))
-    for end in stretches(length) if length else ():
+    for end in stretches(length):
         keys = stem + end
         cache = size * batch * keys * 2 * cfg.num_layers * cfg.model_dim
         step = forward(cfg, batch, keys, batch) + Work(0.0, weights + cache)

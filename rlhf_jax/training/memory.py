@@ -13,6 +13,7 @@ Accelerators have not been compared.
 import dataclasses
 
 from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.nn.decoding import written_out
 from rlhf_jax.nn.transformer import unrolled
 from rlhf_jax.training.activations import (
     Row,
@@ -181,10 +182,12 @@ def ppo_iteration(
     cache = rows * cache_bytes(policy, 1, stem)
     cache += decoded * cache_bytes(policy, 1, stem + length)
     sampled = 3 * 4 * decoded * policy.vocab_size
-    copied = 0.0  # of the weights, see `cast_once`
+    copied = 0.0  # of the weights, see `cast_once` and `layers_apart`
     if policy.dtype != "float32":
         weights = block_params(policy) + policy.vocab_size * policy.model_dim
         copied = BYTES[policy.dtype] * weights / holders
+    if written_out(policy):
+        copied += BYTES[policy.dtype] * block_params(policy) / holders
     phases.append(
         Memory(cache=cache, logits=sampled, activations=copied, least=cache / 2)
     )

@@ -184,11 +184,16 @@ def read_json(path: Path) -> Any:
 
 
 def model_from_json(path: Path) -> TransformerConfig:
-    """The `model.json` of a stage as a config."""
+    """The `model.json` of a stage as a config; an error names the file."""
     values = {k: v for k, v in read_json(path).items() if k != "kind"}
     names = {f.name for f in dataclasses.fields(TransformerConfig)}
     if set(values) != names:
         raise RunDirError(
             f"{path}: fields {sorted(set(values) ^ names)} are of another version"
         )
-    return TransformerConfig(**values)
+    try:
+        return TransformerConfig(**values)
+    except ValueError as error:
+        raise RunDirError(
+            f"{path}: {error}; it is of another version: run the stage again"
+        ) from error

@@ -49,6 +49,12 @@ def test_slots_draw_the_tokens_of_all_rows_at_once(case, slots):
         chex.assert_trees_all_close(actual, expected, atol=2e-5)
 
 
+def test_slots_draw_the_same_with_layers_written_out(case, monkeypatch):
+    expected = run(case, 2, 0)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    chex.assert_trees_all_close(run(case, 2, 0), expected, atol=2e-5)
+
+
 def test_a_contract_holds_in_slots(case):
     sampling = Sampling(response_len=R, top_k=3, top_p=0.9)
     expected, actual = run(case, None, 0, sampling), run(case, 2, 0, sampling)

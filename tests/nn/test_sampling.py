@@ -516,7 +516,7 @@ def test_decoding_on_the_cache_gives_the_states_of_a_full_run(tiny, random_param
 def test_stretches_of_the_cache_change_no_rollout(
     monkeypatch, compiled, tiny, policy, prompts, backend
 ):
-    """Also with layers written out, as on GPUs; rows end in different stretches."""
+    """Also with layers written out, as on GPUs, and if the last is never reached."""
     eager = policy["final_norm"]["bias"] + 3.0 * policy["embed"][EOS]  # ends sooner
     eager = policy | {"final_norm": policy["final_norm"] | {"bias": eager}}
     args = (prompts, PROMPT_LENGTHS, 1.0, CONTRACTS[0][0])

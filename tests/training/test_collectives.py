@@ -24,7 +24,8 @@ COLLECTIVES = re.compile(
     r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)"
     r"(?:-start)?\("
 )
-# of `tensor_program`: B, T, B T and their parts are no other size; an odd T stays whole
+# of `tensor_program`: B, T, B T and their parts are no other size; an odd length stays
+# whole along tensor
 B, T, V = 40, 7, 96
 
 
@@ -96,7 +97,7 @@ def shapes(hlo: str, kind: str) -> list[tuple[int, ...]]:
 
 @functools.cache
 def tensor_program(
-    shape: tuple[int, int, int], part="step", num_layers=2, T=T, remat="none"
+    shape: tuple[int, int, int], part="step", num_layers=2, length=T, remat="none"
 ) -> str:
     """Text of a train step, or of its loss alone, on (data, fsdp, tensor) devices."""
     model = TransformerConfig(
@@ -108,8 +109,8 @@ def tensor_program(
         remat=remat,
     )
     mesh, opt = some_devices(*shape), OptimizerConfig()
-    ids = np.zeros((B, T + 1), np.int32)
-    weights = np.full((B, T), 1 / (B * T), np.float32)
+    ids = np.zeros((B, length + 1), np.int32)
+    weights = np.full((B, length), 1 / (B * length), np.float32)
     batch = shard_batch(mesh, TokenBatch(ids[:, :-1], ids[:, 1:], weights))
     state = init_state(init_params(jax.random.key(0), model), jax.random.key(0))
     sharding = state_sharding(mesh, state)
@@ -164,6 +165,17 @@ def test_positions_are_dealt_between_products(shape):
     hlo = tensor_program(shape, "step", 6, T, "block")
     assert f"f32[6,{rows},{T // 2},16]" in hlo and f"f32[6,{rows},{T},16]" not in hlo
     assert set(shapes(hlo, "all-gather")) == {(rows, T, 16)}
+
+
+@pytest.mark.parametrize("num_layers", [2, 6])
+def test_where_fsdp_cuts_weights_move_and_positions_meet(num_layers):
+    """What is gathered of the batch are whole rows of the devices that share them."""
+    T, rows = 14, B // 2
+    hlo = tensor_program((1, 2, 2), "step", num_layers, T)
+    of_rows = {T, T // 2, B, rows, B * T, rows * T, rows * T // 2}
+    for kind in ("all-gather", "all-to-all", "collective-permute"):
+        found = {size for size in shapes(hlo, kind) if of_rows & set(size)}
+        assert found == ({(rows, T, 16)} if kind == "all-gather" else set()), kind
 
 
 @pytest.mark.parametrize("num_layers", [2, 6])  # written out, and a loop

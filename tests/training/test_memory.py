@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from meshes import some_devices
 from experiments.plan import Plan
 from experiments.presets import PRESETS
 from rlhf_jax.data.batches import RankingBatch, TokenBatch
-from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.nn.config import Remat, TransformerConfig
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.nn.transformer import cast_once, forward, init_params
 from rlhf_jax.stages.common import init_model
@@ -197,10 +198,13 @@ def test_an_iteration_of_ppo(model, changes):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("remat", ["none", "elementwise", "block"])
-def test_a_loop_keeps_what_autodiff_asks_for(remat, dropout):
+@pytest.mark.parametrize(
+    ("remat", "norm"),
+    [*((remat, "pre") for remat in get_args(Remat)), ("elementwise", "post")],
+)
+def test_a_loop_keeps_what_autodiff_asks_for(remat, norm, dropout):
     """Stacked arrays [L, ...] of a row, those of one number a position aside."""
-    model = shape(6, 32, 16, remat=remat, dropout=dropout)
+    model = shape(6, 32, 16, remat=remat, norm=norm, dropout=dropout)
 
     def hidden(params):
         key = jax.random.key(0) if dropout else None

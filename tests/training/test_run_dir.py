@@ -173,6 +173,9 @@ def test_a_model_comes_back_as_it_was_written(tmp_path):
     write_text(path, json.dumps({"kind": "reward_model", "num_layers": 3}))
     with pytest.raises(RunDirError, match="another version"):
         model_from_json(path)
+    write_text(path, json.dumps({**to_json(cfg), "remat": False}))
+    with pytest.raises(RunDirError, match="model.json: remat must be"):
+        model_from_json(path)
 
 
 def test_a_run_belongs_to_one_process_until_that_is_killed(tmp_path):
