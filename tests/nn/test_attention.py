@@ -131,7 +131,7 @@ def test_the_kernel_reads_what_the_mask_allows(
     chex.assert_trees_all_close(*found, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("width", [1, 4, 5])
+@pytest.mark.parametrize("width", [1, pytest.param(4, marks=pytest.mark.slow), 5])
 def test_the_kernel_reads_the_prompt_and_the_own_branch_only(
     tiny, random_params, with_kernel, width
 ):

@@ -106,6 +106,7 @@ def test_rows_that_cannot_be_dealt_stay_whole():
     np.testing.assert_allclose(found, causal_attention(*arrays), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_update_with_the_kernel_is_the_update(tiny, random_params, monkeypatch):
     """Under `shard_map` over two replicas, interpreted."""
     cfg = tiny(max_len=128)

@@ -52,7 +52,9 @@ def test_in_float32_nothing_is_copied():
         assert ours is theirs
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 2, 2)], ids=by_sizes)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=by_sizes
+)
 def test_an_iteration_with_models_in_the_hosts_memory_is_the_same(shape):
     mesh = some_devices(*shape)
     found = []

@@ -500,6 +500,7 @@ def test_many_devices_do_what_one_does_and_frozen_models_stay(shape, whole):
     case.assert_trees_equal(jax.device_get(reference.params), before.reference)
 
 
+@pytest.mark.slow
 def test_replicas_add_up_what_one_device_does(whole):
     """Two devices with all parameters each, in microbatches; rows come back in order:
     the diagnostics of each token and `first_ratio_error` are made of them."""

@@ -150,7 +150,9 @@ def test_damage_to_many_numbers_changes_the_checksum():
     assert len(set(sums)) == len(sums)
 
 
-@pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8)])
+@pytest.mark.parametrize(
+    ("before", "after"), [(8, 1), pytest.param(1, 8, marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_is_read_where_there_are_other_devices(tmp_path, before, after):
     program = """
 import sys

@@ -124,6 +124,13 @@ def tensor_program(
     return compiled.compile().as_text()
 
 
+on_one_or_two_groups = pytest.mark.parametrize(
+    "shape",
+    [pytest.param((1, 1, 2), marks=pytest.mark.slow), (2, 1, 2)],
+    ids=by_sizes,
+)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 2), (2, 1, 2)], ids=by_sizes)
 def test_devices_that_share_layers_meet_twice_a_layer(shape):
     """After attention and after the MLP, and once for the embeddings; the head's are
@@ -137,7 +144,7 @@ def test_devices_that_share_layers_meet_twice_a_layer(shape):
     assert set(sizes) - numbers == {(rows, T, 16)}
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 1, 2)], ids=by_sizes)
+@on_one_or_two_groups
 def test_an_update_gathers_nothing_along_tensor(shape):
     """And rows meet over data as gradients, each in the piece its device holds."""
     hlo = tensor_program(shape)
@@ -152,7 +159,7 @@ def test_an_update_gathers_nothing_along_tensor(shape):
     assert f"f32[{rows * T},{V // 2}]" in hlo and f"f32[{rows * T},{V}]" not in hlo
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 1, 2)], ids=by_sizes)
+@on_one_or_two_groups
 def test_positions_are_dealt_between_products(shape):
     """Before each layer's two pairs of products and the head a row is put together;
     the residual streams that a loop keeps are dealt; no weight moves."""
@@ -167,7 +174,7 @@ def test_positions_are_dealt_between_products(shape):
     assert set(shapes(hlo, "all-gather")) == {(rows, T, 16)}
 
 
-@pytest.mark.parametrize("num_layers", [2, 6])
+@pytest.mark.parametrize("num_layers", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_where_fsdp_cuts_weights_move_and_positions_meet(num_layers):
     """What is gathered of the batch are whole rows of the devices that share them."""
     T, rows = 14, B // 2
