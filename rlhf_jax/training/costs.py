@@ -94,7 +94,7 @@ def rollout(cfg: TransformerConfig, batch: float, prompt: int, length: int) -> W
     """Sampling [B, R] after [B, P]: the prompt once, then R steps.
 
     Each step reads the weights, and of the cache [B, P - 1 + R, 2 L D] the columns that
-    its stretch of the response may fill (`stretches`).
+    its stretch of the response may fill (`stretches`); slots read all of it.
     """
     size, stem, start = BYTES[cfg.dtype], prompt - 1, 0
     weights = size * (block_params(cfg) + cfg.vocab_size * cfg.model_dim)
