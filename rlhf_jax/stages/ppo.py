@@ -7,7 +7,6 @@ gradient of the pre-training loss to the same update (PPO-ptx).
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -215,19 +214,31 @@ def ppo_update(
     Returns:
         The next state and the metrics of the iteration (docs/metrics.md).
     """
-    shapes: dict[str, Any] = {"cfg": cfg, "model": model}
-    both: dict[str, Any] = shapes | {"reward_model": reward_model}
     with jax.named_scope("rollout"):  # names for profiles
         rollout = collect_rollout(
-            state, inputs, scalars, **shapes, eos_id=eos_id, pad_id=pad_id
+            state, inputs, scalars, cfg=cfg, model=model, eos_id=eos_id, pad_id=pad_id
         )
     with jax.named_scope("experience"):
         experience, metrics = make_experience(
-            state, frozen, inputs, rollout, scalars, **both
+            state,
+            frozen,
+            inputs,
+            rollout,
+            scalars,
+            cfg=cfg,
+            model=model,
+            reward_model=reward_model,
         )
     with jax.named_scope("optimize"):
         state, update_metrics = optimize(
-            state, experience, inputs, scalars, **both, mesh=mesh
+            state,
+            experience,
+            inputs,
+            scalars,
+            cfg=cfg,
+            model=model,
+            reward_model=reward_model,
+            mesh=mesh,
         )
     kl_coef = state.kl_coef
     if cfg.kl_target is not None:
