@@ -132,8 +132,8 @@ def run(cfg: CollectConfig, ctx: Context) -> None:
     """Writes RUN/collect/rankings_{train,valid,test}.jsonl.
 
     train: ranked by one training labeler each; valid: held-out prompts ranked by
-    several training labelers; test: the same prompts ranked by held-out labelers.
-    Skipped where the data already holds rankings.
+    several training labelers; test: the same prompts ranked by held-out labelers, if
+    there are any. Skipped where the data already holds rankings.
 
     Raises:
         DataError: where nobody can rank: it says which file to have ranked and how to
@@ -222,7 +222,8 @@ def _rank_by_simulation(cfg: CollectConfig, ctx: Context, path: Path) -> dict[st
                 ranks = labeler.rank(row["prompt"], row["responses"], row["ended"], rng)
                 extra = {"labeler": labeler.name, "labels": labels}
                 lines.append(row | {"ranks": [int(r) for r in ranks]} | extra)
-        _write_lines(path / f"rankings_{split}.jsonl", lines)
+        if lines:  # none where nobody is held out
+            _write_lines(path / f"rankings_{split}.jsonl", lines)
         counts[f"num_rankings_{split}"] = len(lines)
     return counts
 

@@ -213,3 +213,15 @@ def test_too_many_prompts_are_refused(
     cfg = SimulationConfig(num_documents=1, num_eval_prompts=30_000)
     with pytest.raises(ValueError, match="too few different"):
         write_campaign(cfg, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "least"),
+    [("num_documents", 1), ("num_train_labelers", 1), ("num_held_out_labelers", 0)],
+)
+def test_sizes_that_make_no_campaign_are_refused(field: str, least: int) -> None:
+    """Before anything is written or trained."""
+    SimulationConfig(**{field: least})
+    message = f"{field} must be at least {least}, got {least - 1}"
+    with pytest.raises(ValueError, match=message):
+        SimulationConfig(**{field: least - 1})

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.records import DataError, Demonstration
+from rlhf_jax.data.simulation.campaign import SimulationConfig, write_campaign
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages import collect
 from rlhf_jax.stages.collect import CollectConfig, cut_few_shot, sample_responses
@@ -196,3 +197,30 @@ def test_rankings_that_nobody_asked_for_are_refused(tmp_path):
     cfg = dataclasses.replace(CFG, ranked=tmp_path / "ranked.jsonl")
     with pytest.raises(DataError, match="labelers are simulated"):
         collect.run(cfg, ctx)
+
+
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_only_labelers_there_are_rank_for_evaluation(held_out, tmp_path):
+    """A file without a record is refused where it is read, after training."""
+    sizes = {
+        field.name: 2
+        for field in dataclasses.fields(SimulationConfig)
+        if field.name.startswith("num_")
+    }
+    sizes["num_held_out_labelers"] = held_out
+    write_campaign(SimulationConfig(**sizes), tmp_path / "data")
+    prompts = (tmp_path / "data/prompts").glob("*rank*")
+    lines = [line for file in prompts for line in file.read_text().splitlines()]
+    for split in ("train", "valid"):
+        rows = [
+            json.loads(line) | {"responses": ["Yes.", "No."], "ended": [True, True]}
+            for line in lines
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"to_rank_{split}.jsonl").write_text(text)
+    inputs = types.SimpleNamespace(root=tmp_path / "data")
+    ctx = Context(tmp_path, inputs, MeshConfig().make(), 0)  # type: ignore[arg-type]
+    counts = collect._rank_by_simulation(CFG, ctx, tmp_path)
+    assert counts["num_rankings_train"] == len(lines) > 0
+    assert counts["num_rankings_test"] == held_out * len(lines)
+    assert (tmp_path / "rankings_test.jsonl").exists() == bool(held_out)

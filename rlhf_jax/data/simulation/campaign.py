@@ -48,7 +48,16 @@ class SimulationConfig:
     num_train_labelers: int = 6
     """Labelers who write demonstrations and rank for training."""
     num_held_out_labelers: int = 4
-    """Labelers whose rankings are used for evaluation only."""
+    """Labelers whose rankings are used for evaluation only; may be 0."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            least = 0 if field.name in ("seed", "num_held_out_labelers") else 1
+            if getattr(self, field.name) < least:
+                raise ValueError(
+                    f"{field.name} must be at least {least}, "
+                    f"got {getattr(self, field.name)}"
+                )
 
 
 def write_campaign(cfg: SimulationConfig, directory: str | Path) -> None:
