@@ -83,7 +83,10 @@ class Inputs:
         self.root = run / "data" if data is None else data
         if data is None:
             if not (self.root / simulation.CONFIG_FILE).exists():
-                simulation.write_campaign(simulated, self.root)
+                try:
+                    simulation.write_campaign(simulated, self.root)
+                except ValueError as error:
+                    raise DataError(f"simulation: {error}") from error
             written = simulation.load_campaign(self.root)[0]
             if written != simulated:
                 old, new = map(dataclasses.asdict, (written, simulated))

@@ -177,11 +177,11 @@ def make_experience(
         "rollout/length_min": jnp.min(rollout.lengths).astype(jnp.float32),
         "rollout/length_max": jnp.max(rollout.lengths).astype(jnp.float32),
         "rollout/eos_rate": jnp.mean(rollout.ended.astype(jnp.float32)),
-        "rollout/pad_fraction": 1.0 - jnp.mean(mask.astype(jnp.float32)),
+        "rollout/pad_fraction": jnp.mean((~mask).astype(jnp.float32)),
         "rollout/logprob_mismatch_mean": masked_sum(mismatch, weights),
         "rollout/logprob_mismatch_max": jnp.max(mismatch),
         "rollout/score_length_correlation": _correlation(
-            scores, rollout.lengths.astype(jnp.float32)
+            raw_scores, rollout.lengths.astype(jnp.float32)
         ),
         "value/last_minus_score": jnp.max(jnp.abs(last_values[:, 0] - raw_scores)),
         "value/explained_variance": explained_variance(values, returns, mask),

@@ -131,7 +131,7 @@ def warn_of_trouble(update: int, values: Mapping[str, float]) -> None:
     if values["policy/entropy"] < 0.01:
         trouble.append("the entropy is nearly 0: raise kl_coef or lower the rate")
     if values["rollout/eos_rate"] < 0.05:
-        trouble.append("hardly any response ends: set missing_eos_score, or check SFT")
+        trouble.append("hardly any response ends: check SFT and missing_eos_score")
     if abs(values["rollout/score_length_correlation"]) > 0.9:
         trouble.append("the score follows length: look at the reward model's lengths")
     for text in trouble:

@@ -112,6 +112,13 @@ class PPOConfig:
             )
         if self.kl_coef < 0:
             raise ValueError(f"kl_coef must not be negative, got {self.kl_coef}")
+        if self.kl_target is not None and self.kl_target <= 0:
+            raise ValueError(f"kl_target must be above 0 or None, got {self.kl_target}")
+        if self.kl_target is not None and self.kl_horizon <= 0.2 * self.batch_size:
+            raise ValueError(
+                f"kl_horizon must be above 0.2 batch_size = {0.2 * self.batch_size:g}, "
+                f"got {self.kl_horizon:g}: kl_coef could change its sign at once"
+            )
         if self.clip <= 0 or self.value_clip <= 0:
             raise ValueError(
                 f"clip and value_clip must be above 0, got {self.clip} and "

@@ -204,14 +204,19 @@ class Sampler:
         Raises:
             DataError: if a prompt is longer than prompt_len.
         """
-        batches = prompt_batches(
-            [Prompt(p) for p in prompts],
-            self.model.tokenizer,
-            self.model.format,
-            self._batch_size,
-            self._prompt_len,
-            None,
-        )
+        try:
+            batches = prompt_batches(
+                [Prompt(p) for p in prompts],
+                self.model.tokenizer,
+                self.model.format,
+                self._batch_size,
+                self._prompt_len,
+                None,
+            )
+        except DataError as error:
+            raise DataError(
+                f"{error} With few-shot examples: few_shot_len, or lower num_few_shot."
+            ) from error
         if batches.num_dropped:
             raise DataError(
                 f"{batches.num_dropped} of {len(prompts)} prompts are longer than "

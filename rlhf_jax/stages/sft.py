@@ -69,6 +69,8 @@ class SFTConfig:
             raise ValueError(
                 f"pretrain_fraction must be in [0, 1), got {self.pretrain_fraction}"
             )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
     @property
     def num_pretrain_rows(self) -> int:

@@ -12,6 +12,7 @@ import pytest
 from rlhf_jax.data import builders, sources
 from rlhf_jax.data.inputs import FilesConfig, Inputs
 from rlhf_jax.data.simulation import SimulationConfig
+from rlhf_jax.data.simulation import campaign as simulation_campaign
 from rlhf_jax.data.sources import DataError, Demonstration, Prompt, Ranking, load
 
 REPOSITORY = Path(__file__).parents[2]
@@ -288,6 +289,15 @@ def test_a_tfds_dataset_is_read_by_name(tmp_path):
     ]:
         with pytest.raises(DataError, match=words):
             load(kind, tmp_path, patterns, split, tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_simulation_that_cannot_be_written_is_told_by_its_field(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(simulation_campaign, "MAX_REDRAWS", 5)
+    many = SimulationConfig(num_documents=1, num_eval_prompts=30_000)
+    with pytest.raises(DataError, match="simulation: .* ask for fewer prompts"):
+        Inputs(None, FilesConfig(), many, tmp_path)
 
 
 def test_a_run_of_another_simulation_names_only_what_differs(tmp_path):

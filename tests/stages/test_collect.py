@@ -111,6 +111,12 @@ def test_a_few_shot_response_ends_where_the_next_example_begins(rows, models):
     assert not any(";" in r.text for row in rows for s, r in row if s == "gpt_few_shot")
 
 
+def test_few_shot_prompts_that_are_too_long_name_their_fields(ctx, models):
+    cfg = dataclasses.replace(CFG, few_shot_len=1)
+    with pytest.raises(DataError, match="few_shot_len, or lower num_few_shot"):
+        sample_responses(models, PROMPTS, cfg, ctx, "train")
+
+
 def test_real_examples_of_few_shot_prompting_are_short(ctx):
     assert collect.few_shot_examples(ctx, 1) == [Demonstration("b", "c")]
 

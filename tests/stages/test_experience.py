@@ -209,6 +209,12 @@ def test_a_score_that_is_missing_its_end_is_replaced(made):
         np.abs(expected["last_values"] - expected["scores"]).max(),
         rtol=1e-3,
     )
+    lengths = np.asarray(arguments[3].lengths)
+    np.testing.assert_allclose(
+        metrics["rollout/score_length_correlation"],
+        np.corrcoef(expected["scores"], lengths)[0, 1],
+        atol=1e-4,
+    )
 
 
 def test_whitened_rewards_keep_their_mean(made):
