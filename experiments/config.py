@@ -176,16 +176,15 @@ class InstructGPT:
                 )
 
 
-COUNTS = ("num_", "min_", "max_", "eval_", "batch_", "labelers_per_")
-
-
 def _check_counts(prefix: str, config: Any) -> None:
     """Refuses counts and lengths below 1 in a config and those inside it."""
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}.{field.name}"
         if dataclasses.is_dataclass(value):
             _check_counts(name, value)
-        is_count = field.name.startswith(COUNTS)
+        is_count = field.name.startswith(
+            ("num_", "min_", "max_", "eval_", "batch_", "labelers_per_")
+        )
         is_count = is_count or field.name.endswith(("_len", "_every", "_batches"))
         if is_count and isinstance(value, int) and value < 1:
             raise DataError(f"{name} must be at least 1, got {value}")

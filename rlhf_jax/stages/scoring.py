@@ -204,25 +204,23 @@ class Sampler:
         Raises:
             DataError: if a prompt is longer than prompt_len.
         """
-        try:
-            batches = prompt_batches(
-                [Prompt(p) for p in prompts],
-                self.model.tokenizer,
-                self.model.format,
-                self._batch_size,
-                self._prompt_len,
-                None,
-            )
-        except DataError as error:
+        encode = self.model.format.encode_prompt
+        ids = [encode(self.model.tokenizer, prompt) for prompt in prompts]
+        num_long = sum(len(x) > self._prompt_len for x in ids)
+        if num_long:
             raise DataError(
-                f"{error} With few-shot examples: few_shot_len, or lower num_few_shot."
-            ) from error
-        if batches.num_dropped:
-            raise DataError(
-                f"{batches.num_dropped} of {len(prompts)} prompts are longer than "
+                f"{num_long} of {len(prompts)} prompts are longer than "
                 f"{self._prompt_len} tokens; raise prompt_len (with few-shot examples: "
-                "few_shot_len) or leave them out"
+                "raise few_shot_len or lower num_few_shot) or leave them out"
             )
+        batches = prompt_batches(
+            [Prompt(p) for p in prompts],
+            self.model.tokenizer,
+            self.model.format,
+            self._batch_size,
+            self._prompt_len,
+            None,
+        )
         temperature = jnp.float32(self.sampling.temperature)
         responses: list[Response] = []
         values: dict[str, list[np.ndarray]] = {name: [] for name in measures}

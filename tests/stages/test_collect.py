@@ -113,7 +113,7 @@ def test_a_few_shot_response_ends_where_the_next_example_begins(rows, models):
 
 def test_few_shot_prompts_that_are_too_long_name_their_fields(ctx, models):
     cfg = dataclasses.replace(CFG, few_shot_len=1)
-    with pytest.raises(DataError, match="few_shot_len, or lower num_few_shot"):
+    with pytest.raises(DataError, match="raise few_shot_len or lower num_few"):
         sample_responses(models, PROMPTS, cfg, ctx, "train")
 
 
