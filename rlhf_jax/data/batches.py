@@ -2,7 +2,8 @@
 
 The shift is made here, once: `tokens = ids[:-1]`, `targets = ids[1:]`, so that position
 t of every array speaks of the same decision. Everything is padded on the right with the
-pad id; masks come from lengths, never from ids.
+pad id; masks come from lengths, never from ids. Rows are as wide as the data needs, not
+as its limit allows (`fitted_width`), and all batches of one data set are equally wide.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.records import DataError, Demonstration, Prompt, Ranking
 from rlhf_jax.data.schedule import Batches, Shard
 from rlhf_jax.data.tokenizer import Tokenizer, tokenize_corpus
+from rlhf_jax.data.widths import fitted_width
 
 Array = Any  # numpy.ndarray here, jax.Array once it is on a device
 
@@ -114,14 +116,14 @@ def demonstration_batches(
     loss_on: Literal["response", "all"] = "response",
     shard: Shard = (0, 1),
 ) -> Batches[TokenBatch]:
-    """Batches of prompt, response and end token, one demonstration per row.
+    """Batches [B, T] of prompt, response and end token, one demonstration per row.
 
     Args:
-        demonstrations: those with more than T + 1 tokens are dropped and counted.
+        demonstrations: those with more than seq_len + 1 tokens are dropped and counted.
         tokenizer: gives the ids.
         format: joins prompt and response.
         batch_size: rows of the global batch, B.
-        seq_len: tokens per row, T.
+        seq_len: most tokens per row.
         seed: of the order; None reads in order.
         loss_on: which targets have weight: those of the response with its end token, or
             those of the prompt too.
@@ -147,11 +149,12 @@ def demonstration_batches(
     first = [len(prompts[i]) - 1 if loss_on == "response" else 0 for i in kept]
     starts = np.array(first, np.int64)
     counts = np.array([len(ids) - 1 for ids in sequences]) - starts
+    width = fitted_width(max(map(len, sequences)) - 1, seq_len)
 
     def make_batch(mine: np.ndarray, batch: np.ndarray, size: int) -> TokenBatch:
         rows = [sequences[i] for i in mine]
         weight = 1.0 / counts[batch].sum()
-        return _token_batch(rows, starts[mine], size, seq_len, tokenizer.pad_id, weight)
+        return _token_batch(rows, starts[mine], size, width, tokenizer.pad_id, weight)
 
     num_dropped = len(demonstrations) - len(kept)
     return Batches(make_batch, len(kept), batch_size, seed, shard, num_dropped)
@@ -170,18 +173,18 @@ def ranking_batches(
 ) -> Batches[RankingBatch]:
     """Batches of prompts with up to K ranked responses.
 
-    A response with more than R tokens is left out of its ranking; a ranking is left out
-    when its prompt has more than P tokens, or when no two of its responses differ in
-    rank. Both are counted.
+    A response with more than response_len tokens is left out of its ranking; a ranking
+    is left out when its prompt has more than prompt_len tokens, or when no two of its
+    responses differ in rank. Both are counted. P, K and R are what the rest needs.
 
     Args:
         rankings: records.
         tokenizer: gives the ids.
         format: joins prompt and response.
         batch_size: rows of the global batch, B.
-        prompt_len: longest prompt in tokens, P.
-        response_len: longest response in tokens with its end token, R.
-        num_responses: most responses of a ranking, K.
+        prompt_len: longest prompt in tokens.
+        response_len: longest response in tokens with its end token.
+        num_responses: most responses of a ranking.
         seed: of the order; None reads in order.
         shard: (index, count) of this process.
 
@@ -219,17 +222,22 @@ def ranking_batches(
             "differ in rank. Raise prompt_len or response_len."
         )
 
+    longest = max(len(ids) for _, ranked in kept for ids, _ in ranked)
+    P = fitted_width(max(len(prompt) for prompt, _ in kept), prompt_len)
+    K = max(len(ranked) for _, ranked in kept)
+    R = fitted_width(longest, response_len)
+
     def make_batch(mine: np.ndarray, _: np.ndarray, size: int) -> RankingBatch:
         rows = [kept[i] for i in mine]
-        shape = (size, num_responses)
-        responses = np.full((*shape, response_len), tokenizer.pad_id, np.int32)
+        shape = (size, K)
+        responses = np.full((*shape, R), tokenizer.pad_id, np.int32)
         lengths, ranks = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         for row, (_, ranked) in enumerate(rows):
             for k, (ids, rank) in enumerate(ranked):
                 responses[row, k, : len(ids)] = ids
                 lengths[row, k], ranks[row, k] = len(ids), rank
         prompt_batch = _prompt_batch(
-            [prompt for prompt, _ in rows], size, prompt_len, tokenizer.pad_id
+            [prompt for prompt, _ in rows], size, P, tokenizer.pad_id
         )
         return RankingBatch(
             prompt_batch.prompts, prompt_batch.prompt_lengths, responses, lengths, ranks
@@ -248,14 +256,14 @@ def prompt_batches(
     seed: int | None,
     shard: Shard = (0, 1),
 ) -> Batches[PromptBatch]:
-    """Batches of prompts.
+    """Batches of prompts [B, P], P as wide as the longest needs, see `fitted_width`.
 
     Args:
-        prompts: records; those with more than P tokens are dropped and counted.
+        prompts: records; those with more than prompt_len tokens are dropped, counted.
         tokenizer: gives the ids.
         format: what stands around a prompt.
         batch_size: rows of the global batch, B.
-        prompt_len: longest prompt in tokens, P.
+        prompt_len: longest prompt in tokens.
         seed: of the order; None reads in order.
         shard: (index, count) of this process.
 
@@ -266,10 +274,11 @@ def prompt_batches(
     lengths = [len(ids) for ids in encoded]
     kept = [i for i, length in enumerate(lengths) if length <= prompt_len]
     _check_some_left("prompts", kept, lengths, "prompt_len", prompt_len)
+    P = fitted_width(max(lengths[i] for i in kept), prompt_len)
 
     def make_batch(mine: np.ndarray, _: np.ndarray, size: int) -> PromptBatch:
         rows = [encoded[kept[i]] for i in mine]
-        return _prompt_batch(rows, size, prompt_len, tokenizer.pad_id)
+        return _prompt_batch(rows, size, P, tokenizer.pad_id)
 
     num_dropped = len(prompts) - len(kept)
     return Batches(make_batch, len(kept), batch_size, seed, shard, num_dropped)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.data.sources import DataError
+from rlhf_jax.data.widths import fitted_width
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.collect import cut_few_shot, few_shot_examples
 from rlhf_jax.stages.common import Context, Model, check_compatible, load_model
@@ -189,24 +190,25 @@ class Measurer:
         """Scores of texts under the bare prompt."""
         cfg, tokenizer, fmt = self._cfg, self._reward.tokenizer, self._reward.format
         R = cfg.sampling.response_len
+        given = [fmt.encode_prompt(tokenizer, prompt) for prompt in self._prompts]
+        P = fitted_width(max(map(len, given)), cfg.prompt_len)
         rows = fill_shards(cfg.batch_size, self._ctx.mesh)
         out: list[float] = []
         num_cut = 0
         for first in range(0, len(responses), rows):
-            prompts = np.full((rows, cfg.prompt_len), tokenizer.pad_id, np.int32)
+            prompts = np.full((rows, P), tokenizer.pad_id, np.int32)
             answers = np.full((rows, 1, R), tokenizer.pad_id, np.int32)
             prompt_lengths = np.ones((rows,), np.int32)
             lengths = np.zeros((rows, 1), np.int32)
             part = range(first, min(first + rows, len(responses)))
             for row, n in enumerate(part):
-                prompt = fmt.encode_prompt(tokenizer, self._prompts[n])
                 # a text may encode to more ids than were sampled: the rest is cut
                 response = responses[n]
                 answer = fmt.encode_response(tokenizer, response.text, response.ended)
                 num_cut += len(answer) > R
                 answer = answer[:R]
-                prompts[row, : len(prompt)] = prompt
-                prompt_lengths[row] = len(prompt)
+                prompts[row, : len(given[n])] = given[n]
+                prompt_lengths[row] = len(given[n])
                 answers[row, 0, : len(answer)] = answer
                 lengths[row, 0] = len(answer)
             batch = (prompts, prompt_lengths, answers, lengths)

@@ -108,16 +108,24 @@ def make_state(
 
 def predict_memory(
     cfg: PPOConfig,
+    prompt: int,
     policy: TransformerConfig,
     reward: TransformerConfig,
     mesh: jax.sharding.Mesh,
 ) -> memory.Memory:
-    """Bytes on each device of the mesh at the fullest moment of an iteration."""
+    """Bytes on each device of the mesh at the fullest moment of an iteration.
+
+    Args:
+        cfg: of the stage.
+        prompt: tokens of the padded prompts, P.
+        policy, reward: shapes of the models.
+        mesh: of the run.
+    """
     return memory.ppo_iteration(
         policy,
         reward,
         cfg.batch_size / mesh.size,
-        cfg.prompt_len,
+        prompt,
         cfg.sampling.response_len,
         cfg.num_minibatches,
         cfg.num_microbatches,
@@ -147,7 +155,9 @@ def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
     reference = load_model(parents["sft_rl"], ctx.mesh, "language_model")
     reward = load_model(parents["reward_model"], ctx.mesh, "reward_model")
     check_compatible("sft_rl", reference, "reward_model", reward)
-    predicted = predict_memory(cfg, reference.cfg, reward.cfg, ctx.mesh)
+    inputs, num_dropped = make_inputs(cfg, reference, ctx, name)
+    P = inputs(0).prompts.shape[1]
+    predicted = predict_memory(cfg, P, reference.cfg, reward.cfg, ctx.mesh)
     lengths = (f"{name}.prompt_len", f"{name}.sampling.response_len")
     lengths += (f"{name}.ptx_len",) if cfg.num_ptx_rows else ()
     require_room(name, predicted, reference.cfg, lengths, ctx.mesh)
@@ -180,7 +190,6 @@ def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
         check_invariants(update, values, cfg, model.vocab_size, model.dtype)
         warn_of_trouble(update, values)
 
-    inputs, num_dropped = make_inputs(cfg, reference, ctx, name)
     state = run_loop(
         name=name,
         directory=stage.path,

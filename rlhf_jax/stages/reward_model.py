@@ -147,16 +147,6 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
     if stage.done:
         return
     base = load_model(parents[cfg.init_from], ctx.mesh, "language_model")
-    row = response_row(
-        cfg.prompt_len,
-        cfg.num_responses,
-        cfg.response_len,
-        on_accelerator(),
-        last_only=True,
-    )
-    batch = (cfg.batch_size, cfg.num_microbatches)
-    lengths = ("reward_model.prompt_len", "reward_model.response_len")
-    require_room_to_train("reward_model", base.cfg, row, *batch, lengths, ctx.mesh)
     train = list(itertools.chain(*read_rankings(ctx, "train").values()))
     valid = list(itertools.chain(*read_rankings(ctx, "valid").values()))
     batches = ranking_batches(
@@ -170,6 +160,12 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         ctx.data_seed("reward_model"),
         shard=ctx.shard,
     )
+    first = batches(0)
+    P, (_, K, R) = first.prompts.shape[1], first.responses.shape
+    row = response_row(P, K, R, on_accelerator(), last_only=True)
+    batch = (cfg.batch_size, cfg.num_microbatches)
+    lengths = ("reward_model.prompt_len", "reward_model.response_len")
+    require_room_to_train("reward_model", base.cfg, row, *batch, lengths, ctx.mesh)
 
     def weighted(step: int) -> WeightedRankings:
         rankings = batches(step)  # every ranking kept has an ordered pair

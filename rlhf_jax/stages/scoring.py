@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.data.batches import prompt_batches
+from rlhf_jax.data.batches import PromptBatch, prompt_batches
 from rlhf_jax.data.sources import DataError, Prompt
+from rlhf_jax.data.widths import width_groups
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.heads import scalar_head
 from rlhf_jax.nn.responses import forward_responses, last_response_states
@@ -144,7 +145,10 @@ def sequence_kl(
 
 
 class Sampler:
-    """Samples from models of one shape and measures the samples, compiled once."""
+    """Samples from models of one shape and measures the samples.
+
+    Compiled once, or once for each width where `width_groups` makes several.
+    """
 
     def __init__(
         self,
@@ -159,7 +163,7 @@ class Sampler:
         Args:
             model: gives shape, tokenizer and format; parameters come with each call.
             sampling: contract.
-            prompt_len: longest prompt in tokens, P.
+            prompt_len: longest prompt in tokens.
             batch_size: prompts at a time, see `fill_shards`.
             ctx: the run.
         """
@@ -213,19 +217,13 @@ class Sampler:
                 f"{self._prompt_len} tokens; raise prompt_len (with few-shot examples: "
                 "raise few_shot_len or lower num_few_shot) or leave them out"
             )
-        batches = prompt_batches(
-            [Prompt(p) for p in prompts],
-            self.model.tokenizer,
-            self.model.format,
-            self._batch_size,
-            self._prompt_len,
-            None,
-        )
         temperature = jnp.float32(self.sampling.temperature)
+        lengths = [len(x) for x in ids]
+        groups = width_groups(lengths, self._prompt_len, self._batch_size)
         responses: list[Response] = []
         values: dict[str, list[np.ndarray]] = {name: [] for name in measures}
-        for step in range(batches.steps_per_epoch):
-            batch = shard_whole_batch(self._ctx.mesh, batches(step))
+        for step, (batch, count) in enumerate(self._batches(prompts, groups)):
+            batch = shard_whole_batch(self._ctx.mesh, batch)
             rollout = self._generate(
                 params,
                 batch.prompts,
@@ -238,7 +236,6 @@ class Sampler:
                 for name, measure in measures.items()
             }
             rollout, measured = jax.device_get((rollout, measured))
-            count = min(len(prompts) - len(responses), self._batch_size)
             for row in range(count):
                 ids = rollout.responses[row, : rollout.lengths[row]]
                 responses.append(
@@ -251,7 +248,25 @@ class Sampler:
                 )
             for name, x in measured.items():
                 values[name].append(x[:count])
-        return responses, {name: np.concatenate(x) for name, x in values.items()}
+        back = np.argsort(np.concatenate(groups))
+        in_order = {name: np.concatenate(x)[back] for name, x in values.items()}
+        return [responses[i] for i in back], in_order
+
+    def _batches(
+        self, prompts: Sequence[str], groups: Sequence[np.ndarray]
+    ) -> Iterator[tuple[PromptBatch, int]]:
+        """Batches of one group after the other, and how many rows of each are real."""
+        for group in groups:
+            batches = prompt_batches(
+                [Prompt(prompts[int(i)]) for i in group],
+                self.model.tokenizer,
+                self.model.format,
+                self._batch_size,
+                self._prompt_len,
+                None,
+            )
+            for step in range(batches.steps_per_epoch):
+                yield batches(step), batches.real_rows(step)
 
 
 def reward_measure(reward: Model, mesh: jax.sharding.Mesh) -> Callable:

@@ -87,7 +87,8 @@ def mixed_batches(
     """Batches whose loss is (1 - fraction) L_demonstrations + fraction L_pretraining.
 
     Args:
-        demonstrations, pretraining: step -> rows [B, T], [B', T], weights summing to 1.
+        demonstrations, pretraining: step -> rows [B, S], [B', T], S <= T, weights
+            summing to 1.
         fraction: weight of the pre-training loss.
 
     Returns:
@@ -96,6 +97,11 @@ def mixed_batches(
 
     def batch(step: int) -> TokenBatch:
         parts = (demonstrations(step), pretraining(step))
+        width = parts[1].tokens.shape[1]
+        parts = [  # what is added on the right has weight 0
+            jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, width - x.shape[1]))), part)
+            for part in parts
+        ]
         scaled = [
             part.replace(weights=np.float32(w) * part.weights)  # type: ignore
             for part, w in zip(parts, (1.0 - fraction, fraction), strict=True)
@@ -122,10 +128,6 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
         return
     base = load_model(parent, ctx.mesh, "language_model")
     model = dataclasses.replace(base.cfg, dropout=cfg.dropout)
-    row = text_row(cfg.seq_len, on_accelerator())
-    batch = (cfg.batch_size + cfg.num_pretrain_rows, cfg.num_microbatches)
-    lengths = (f"{name}.seq_len",)
-    require_room_to_train(name, model, row, *batch, lengths, ctx.mesh)
 
     def batches_of(split: str, seed: int | None) -> Batches:
         return demonstration_batches(
@@ -151,6 +153,10 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
             ctx.data_seed(f"{name}/pretrain"),
         )
         batches = mixed_batches(train, text, cfg.pretrain_fraction)
+    row = text_row(batches(0).tokens.shape[1], on_accelerator())
+    batch = (cfg.batch_size + cfg.num_pretrain_rows, cfg.num_microbatches)
+    lengths = (f"{name}.seq_len",)
+    require_room_to_train(name, model, row, *batch, lengths, ctx.mesh)
     multiple = num_local_shards(ctx.mesh) * cfg.num_microbatches
     heldout_loss = make_heldout_loss(base.cfg, valid, ctx.mesh)
     num_steps = cfg.num_epochs * train.steps_per_epoch

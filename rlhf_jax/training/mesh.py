@@ -217,13 +217,16 @@ def jit_step(step: Callable, mesh: Mesh, sharding: Any) -> Callable:
 
 
 @functools.cache  # stages that measure the same share the program
+@functools.cache
 def jit_measure(measure: Callable, mesh: Mesh, **static: Any) -> Callable:
     """Compiles a function of arrays whose whole result every process gets.
+
+    Once in a process: stages that ask for the same share its programs.
 
     Args:
         measure: of the module, not made anew for each caller.
         mesh: of the run.
-        static: keyword arguments of `measure` that the program is made for.
+        static: keyword arguments of `measure` that the program is made for, hashable.
     """
     return jax.jit(
         functools.partial(measure, **static),

@@ -291,12 +291,12 @@ def test_rankings_are_laid_out_with_lengths_and_ranks():
     np.testing.assert_array_equal(
         batch.responses,
         [
-            [ids("a.."), ids("_b."), ids("..."), ids("...")],
-            [ids("c.."), ids("dd."), ids("..."), ids("...")],
+            [ids("a.."), ids("_b."), ids("...")],
+            [ids("c.."), ids("dd."), ids("...")],
         ],
     )
-    np.testing.assert_array_equal(batch.response_lengths, [[2, 2, 1, 0], [2, 3, 0, 0]])
-    np.testing.assert_array_equal(batch.ranks, [[2, 1, 2, 0], [7, 3, 0, 0]])
+    np.testing.assert_array_equal(batch.response_lengths, [[2, 2, 1], [2, 3, 0]])
+    np.testing.assert_array_equal(batch.ranks, [[2, 1, 2], [7, 3, 0]])
     assert {value.dtype for value in arrays(batch).values()} == {np.dtype(np.int32)}
 
 

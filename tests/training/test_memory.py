@@ -194,7 +194,9 @@ def test_an_iteration_of_ppo(model, changes):
         .compile()
         .memory_analysis()
     )
-    assert_predicted(predict_memory(cfg, model, model, mesh), found, rel=0.15)
+    assert_predicted(
+        predict_memory(cfg, cfg.prompt_len, model, model, mesh), found, rel=0.15
+    )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

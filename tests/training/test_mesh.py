@@ -233,6 +233,21 @@ def test_rows_that_cannot_be_dealt_are_refused():
     shard_batch(MeshConfig(tensor=2).make(), {"x": np.zeros((12, 2))})
 
 
+def test_stages_that_measure_the_same_share_one_program():
+    traces = []
+
+    def scaled(x, factor):
+        traces.append(factor)
+        return factor * x
+
+    one, two = some_devices(1, 1), some_devices(2, 1)
+    for mesh, factor in ((one, 2.0), (one, 2.0), (one, 3.0), (two, 2.0), (one, 2.0)):
+        result = jit_measure(scaled, mesh, factor=factor)(jnp.ones(2))
+        np.testing.assert_array_equal(result, factor)
+        assert result.sharding.mesh == mesh
+    assert traces == [2.0, 3.0, 2.0]
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 2, 2)], ids=by_sizes
 )

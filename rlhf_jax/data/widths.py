@@ -1,0 +1,50 @@
+"""How wide padded rows are: as the data needs, in few widths (each is a program)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+WIDTH_STEP = 64  # tokens; a tile of the attention kernels
+MIN_BATCHES = 8  # that a width of its own must save before it is worth a program
+
+
+def fitted_width(longest: int, limit: int) -> int:
+    """Width of rows of up to `longest` tokens, none longer than the limit.
+
+    A multiple of 64; the limit itself where that would not save a quarter of it, so
+    that like data share a program.
+    """
+    width = -(-longest // WIDTH_STEP) * WIDTH_STEP
+    return width if 4 * width <= 3 * limit else limit
+
+
+def width_groups(
+    lengths: Sequence[int], limit: int, batch_size: int
+) -> list[np.ndarray]:
+    """Which prompts are sampled together, so that short ones are not padded to long.
+
+    Those of up to 64, 128, 256, ... tokens, as far as `fitted_width` tells them from
+    the limit; where they would not fill 8 batches, they join the next longer ones.
+
+    Args:
+        lengths: tokens of each prompt, [N].
+        limit: most tokens of a prompt.
+        batch_size: prompts sampled at a time.
+
+    Returns:
+        Ascending indices of each group, the shortest prompts first; every prompt is in
+        one group.
+    """
+    widths: list[int] = []
+    while fitted_width(width := WIDTH_STEP << len(widths), limit) < limit:
+        widths.append(width)
+    group_of = np.searchsorted(widths, lengths)
+    last = group_of.max(initial=0)
+    groups: list[np.ndarray] = []
+    members = np.zeros(len(lengths), bool)
+    for group in range(last + 1):
+        members |= group_of == group
+        if members.sum() >= MIN_BATCHES * batch_size or group == last:
+            groups.append(np.flatnonzero(members))
+            members[:] = False
+    return groups

@@ -1,0 +1,60 @@
+"""Samples come back in the order of their prompts, however they were batched."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ppo_case as case
+import pytest
+from letters import FORM, LETTERS
+from meshes import some_devices
+
+from rlhf_jax.data import widths
+from rlhf_jax.stages.common import Context, Model
+from rlhf_jax.stages.scoring import Sampler
+
+PROMPTS = ["abcdefg", "a", "ccc", "bad", "gg", "hifa", "dcba", "e", "abcd", "i"]
+
+
+def prompt_sum(prompts, prompt_lengths, rollout):
+    """A measure that tells prompts apart."""
+    inside = jnp.arange(prompts.shape[1])[None] < prompt_lengths[:, None]
+    return jnp.sum(jnp.where(inside, prompts, 0), axis=1) + rollout.lengths
+
+
+@pytest.fixture
+def sampler(tmp_path):
+    """Of two prompts at a time, greedy, on one device."""
+    inputs = types.SimpleNamespace()
+    ctx = Context(tmp_path, inputs, some_devices(1, 1), 0)  # type: ignore[arg-type]
+    params = case.moved(case.transformer(9), 0.3)  # whose responses differ
+    model = Model("language_model", params, case.MODEL, LETTERS, FORM)
+    sampling = dataclasses.replace(case.CONFIG.sampling, top_k=1)
+    return Sampler(model, sampling, 8, 2, ctx)
+
+
+def test_groups_of_prompts_give_the_samples_of_each_prompt_alone(sampler, monkeypatch):
+    key, params = jax.random.key(1), sampler.model.params
+    alone = [
+        sampler.measured(params, [prompt], key, {"sum": prompt_sum})
+        for prompt in PROMPTS
+    ]
+    monkeypatch.setattr(widths, "WIDTH_STEP", 2)
+    monkeypatch.setattr(widths, "MIN_BATCHES", 1)
+    shapes = []
+
+    def seen(prompts, prompt_lengths, rollout):
+        shapes.append(prompts.shape)
+        return prompt_sum(prompts, prompt_lengths, rollout)
+
+    responses, values = sampler.measured(params, PROMPTS, key, {"sum": seen})
+    assert shapes == [(2, 2)] * 2 + [(2, 4)] * 2 + [(2, 8)] * 2
+    assert len({r.text for r in responses}) > 4
+    for response, value, (one, measured) in zip(
+        responses, values["sum"], alone, strict=True
+    ):
+        np.testing.assert_array_equal(response.ids, one[0].ids)
+        assert response.ended == one[0].ended
+        assert value == measured["sum"][0]
