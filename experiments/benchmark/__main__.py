@@ -78,6 +78,7 @@ def cases(repeats: int, out: Path) -> dict[Group, list[Callable[[], list[Row]]]]
             lambda: generation.fixed(8, 3.5, repeats),
             lambda: generation.fixed(32, 4.7, repeats),
             lambda: generation.varying(5.5, repeats),
+            lambda: generation.long_tail(repeats),
         ],
         "reward_model": [
             lambda: reward_model.against_pairs(4, 8.0, repeats),

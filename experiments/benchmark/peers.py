@@ -39,13 +39,18 @@ def torch_matmul_flops(device: Any, size: int = 2048) -> float:
     return 2 * size**3 / min(seconds(product) for _ in range(20))
 
 
-def hf_generate(model: Any, ids: Any, length: int, **options: Any) -> Any:
-    """Exactly `length` new tokens [B, R] after ids [B, P], with a cache."""
+def hf_generate(
+    model: Any, ids: Any, length: int, mask: Any = None, **options: Any
+) -> Any:
+    """Exactly `length` new tokens [B, R] after ids [B, P], with a cache.
+
+    Of prompts padded on the left, mask [B, P] tells the tokens.
+    """
     torch, _ = import_torch()
     with torch.no_grad():
         out = model.generate(
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=torch.ones_like(ids) if mask is None else mask,
             use_cache=True,
             pad_token_id=0,
             min_new_tokens=length,

@@ -2,8 +2,8 @@
 
 The shift is made here, once: `tokens = ids[:-1]`, `targets = ids[1:]`, so that position
 t of every array speaks of the same decision. Everything is padded on the right with the
-pad id; masks come from lengths, never from ids. Rows are as wide as the data needs, not
-as its limit allows (`fitted_width`), and all batches of one data set are equally wide.
+pad id; masks come from lengths, never from ids. Rows are as wide as the whole data set
+needs (`fitted_width`), so all of its batches have one shape.
 """
 
 from collections.abc import Sequence
@@ -134,7 +134,7 @@ def demonstration_batches(
     """
     if loss_on not in ("response", "all"):
         raise ValueError(f"loss_on {loss_on!r}: choose 'response' or 'all'")
-    prompts = _encode_prompts(demonstrations, tokenizer, format)
+    prompts = [format.encode_prompt(tokenizer, d.prompt) for d in demonstrations]
     responses = tokenizer.encode_batch([d.response for d in demonstrations])
     end = np.array([tokenizer.eos_id], np.int32)
     joined = [
@@ -149,7 +149,7 @@ def demonstration_batches(
     first = [len(prompts[i]) - 1 if loss_on == "response" else 0 for i in kept]
     starts = np.array(first, np.int64)
     counts = np.array([len(ids) - 1 for ids in sequences]) - starts
-    width = fitted_width(max(map(len, sequences)) - 1, seq_len)
+    width = fitted_width([lengths[i] for i in kept], seq_len)
 
     def make_batch(mine: np.ndarray, batch: np.ndarray, size: int) -> TokenBatch:
         rows = [sequences[i] for i in mine]
@@ -192,7 +192,7 @@ def ranking_batches(
         DataError: a ranking has more than K responses, or no ranking is left.
     """
     _check_any("rankings", rankings)
-    prompts = _encode_prompts(rankings, tokenizer, format)
+    prompts = [format.encode_prompt(tokenizer, r.prompt) for r in rankings]
     kept = []
     longest, num_dropped_responses = 0, 0
     for i, (ranking, prompt) in enumerate(zip(rankings, prompts, strict=True)):
@@ -222,25 +222,21 @@ def ranking_batches(
             "differ in rank. Raise prompt_len or response_len."
         )
 
-    longest = max(len(ids) for _, ranked in kept for ids, _ in ranked)
-    P = fitted_width(max(len(prompt) for prompt, _ in kept), prompt_len)
+    P = fitted_width([len(prompt) for prompt, _ in kept], prompt_len)
     K = max(len(ranked) for _, ranked in kept)
-    R = fitted_width(longest, response_len)
+    R = fitted_width([len(x) for _, ranked in kept for x, _ in ranked], response_len)
 
     def make_batch(mine: np.ndarray, _: np.ndarray, size: int) -> RankingBatch:
         rows = [kept[i] for i in mine]
-        shape = (size, K)
-        responses = np.full((*shape, R), tokenizer.pad_id, np.int32)
-        lengths, ranks = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        responses = np.full((size, K, R), tokenizer.pad_id, np.int32)
+        lengths, ranks = np.zeros((2, size, K), np.int32)
         for row, (_, ranked) in enumerate(rows):
             for k, (ids, rank) in enumerate(ranked):
                 responses[row, k, : len(ids)] = ids
                 lengths[row, k], ranks[row, k] = len(ids), rank
-        prompt_batch = _prompt_batch(
-            [prompt for prompt, _ in rows], size, P, tokenizer.pad_id
-        )
+        asked = _prompt_batch([p for p, _ in rows], size, P, tokenizer.pad_id)
         return RankingBatch(
-            prompt_batch.prompts, prompt_batch.prompt_lengths, responses, lengths, ranks
+            asked.prompts, asked.prompt_lengths, responses, lengths, ranks
         )
 
     counts = (len(rankings) - len(kept), num_dropped_responses)
@@ -270,11 +266,11 @@ def prompt_batches(
     Raises:
         DataError: no prompt fits.
     """
-    encoded = _encode_prompts(prompts, tokenizer, format)
+    encoded = [format.encode_prompt(tokenizer, p.prompt) for p in prompts]
     lengths = [len(ids) for ids in encoded]
     kept = [i for i, length in enumerate(lengths) if length <= prompt_len]
     _check_some_left("prompts", kept, lengths, "prompt_len", prompt_len)
-    P = fitted_width(max(lengths[i] for i in kept), prompt_len)
+    P = fitted_width([lengths[i] for i in kept], prompt_len)
 
     def make_batch(mine: np.ndarray, _: np.ndarray, size: int) -> PromptBatch:
         rows = [encoded[kept[i]] for i in mine]
@@ -282,12 +278,6 @@ def prompt_batches(
 
     num_dropped = len(prompts) - len(kept)
     return Batches(make_batch, len(kept), batch_size, seed, shard, num_dropped)
-
-
-def _encode_prompts(
-    records: Sequence[Any], tokenizer: Tokenizer, format: PromptFormat
-) -> list[np.ndarray]:
-    return [format.encode_prompt(tokenizer, record.prompt) for record in records]
 
 
 def _check_any(what: str, records: Sequence[Any]) -> None:

@@ -1,6 +1,6 @@
 """How wide padded rows are: as the data needs, in few widths (each is a program)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -8,13 +8,13 @@ WIDTH_STEP = 64  # tokens; a tile of the attention kernels
 MIN_BATCHES = 8  # that a width of its own must save before it is worth a program
 
 
-def fitted_width(longest: int, limit: int) -> int:
-    """Width of rows of up to `longest` tokens, none longer than the limit.
+def fitted_width(lengths: Iterable[int], limit: int) -> int:
+    """Width of rows of these lengths in tokens, none longer than the limit.
 
     A multiple of 64; the limit itself where that would not save a quarter of it, so
     that like data share a program.
     """
-    width = -(-longest // WIDTH_STEP) * WIDTH_STEP
+    width = -(-max(lengths) // WIDTH_STEP) * WIDTH_STEP
     return width if 4 * width <= 3 * limit else limit
 
 
@@ -36,7 +36,7 @@ def width_groups(
         one group.
     """
     widths: list[int] = []
-    while fitted_width(width := WIDTH_STEP << len(widths), limit) < limit:
+    while fitted_width([width := WIDTH_STEP << len(widths)], limit) < limit:
         widths.append(width)
     group_of = np.searchsorted(widths, lengths)
     last = group_of.max(initial=0)

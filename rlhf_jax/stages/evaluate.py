@@ -191,7 +191,7 @@ class Measurer:
         cfg, tokenizer, fmt = self._cfg, self._reward.tokenizer, self._reward.format
         R = cfg.sampling.response_len
         given = [fmt.encode_prompt(tokenizer, prompt) for prompt in self._prompts]
-        P = fitted_width(max(map(len, given)), cfg.prompt_len)
+        P = fitted_width(map(len, given), cfg.prompt_len)
         rows = fill_shards(cfg.batch_size, self._ctx.mesh)
         out: list[float] = []
         num_cut = 0
