@@ -78,13 +78,16 @@ class InstructGPT:
         """Refuses what would only fail after earlier stages have run.
 
         Raises:
-            DataError: if a file is missing, a count is not positive, anything is longer
-                than the model's context, or a batch cannot be cut into its microbatches
-                or dealt over the devices and processes.
+            DataError: if a file is missing, the seed is no 32-bit number, a count is
+                not positive, anything is longer than the model's context, or a batch
+                cannot be cut into its microbatches or dealt over the devices and
+                processes.
         """
         ranked = self.collect.ranked
         if ranked is not None and not ranked.is_file():
             raise DataError(f"collect.ranked: {ranked} is no file; mend the path")
+        if not 0 <= self.seed < 2**32:  # jax.random.key would drop the upper bits
+            raise DataError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
         try:
             data, fsdp, _ = self.mesh.shape(num_devices)
         except ValueError as error:

@@ -32,6 +32,8 @@ def option(cfg: Any, path: str, value: Any) -> Any:
         ("ppo.ptx_len", 129, "ppo.ptx_len is 129 tokens"),
         ("evaluate.text_len", 129, "evaluate.text_len"),
         ("evaluate.prompt_len", 120, "evaluate.prompt_len + evaluate.sampling"),
+        ("seed", -1, "seed must be from 0 to 2**32 - 1, got -1"),
+        ("seed", 2**32, "seed must be from 0 to 2**32 - 1"),
         ("sft.dropout", 1.0, "dropout must be in [0, 1), got 1.0"),
         ("collect.labelers_per_heldout_prompt", 0, "heldout_prompt must be at least 1"),
         ("sft.seq_len", 24, "sft.seq_len 24 leaves no room"),

@@ -14,7 +14,7 @@ def fitted_width(lengths: Iterable[int], limit: int) -> int:
     A multiple of 64; the limit itself where that would not save a quarter of it, so
     that like data share a program.
     """
-    width = -(-max(lengths) // WIDTH_STEP) * WIDTH_STEP
+    width = -(-max(lengths, default=0) // WIDTH_STEP) * WIDTH_STEP
     return width if 4 * width <= 3 * limit else limit
 
 

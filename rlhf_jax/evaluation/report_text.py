@@ -115,11 +115,11 @@ def render_report(report: Report) -> str:
 def _summary(report: Report) -> str:
     counts = Counter(result.verdict for result in report.claims)
     verdicts = ", ".join(
-        f"**{counts[verdict]}** {words}"
-        for verdict, words in (
-            ("holds", "hold"),
-            ("does not hold", "do not hold"),
-            ("inconclusive", "are inconclusive"),
+        f"**{counts[verdict]}** {one if counts[verdict] == 1 else several}"
+        for verdict, one, several in (
+            ("holds", "holds", "hold"),
+            ("does not hold", "does not hold", "do not hold"),
+            ("inconclusive", "is inconclusive", "are inconclusive"),
         )
     )
     lines = [f"Of {len(report.claims)} claims of the InstructGPT recipe {verdicts}."]

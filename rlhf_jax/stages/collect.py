@@ -13,7 +13,7 @@ from rlhf_jax.data import simulation
 from rlhf_jax.data.sources import DataError, Demonstration, Ranking, read_rankings
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.common import Context, Model, check_compatible, load_model
-from rlhf_jax.stages.scoring import Response, Sampler, fitting
+from rlhf_jax.stages.sampler import Response, Sampler, fitting
 from rlhf_jax.training.loop import tracked
 from rlhf_jax.training.run_dir import (
     RunDirError,
@@ -98,8 +98,9 @@ def sample_responses(
             ("demonstration", Response(text, np.zeros(0, np.int32), True))
         )
     gpt, sft = models["gpt_few_shot"], models["sft"]
-    few_shot = Sampler(gpt, cfg.sampling, cfg.few_shot_len, cfg.batch_size, ctx)
-    plain = Sampler(sft, cfg.sampling, cfg.prompt_len, cfg.batch_size, ctx)
+    shared = (cfg.batch_size, ctx, "collect", len(models))
+    few_shot = Sampler(gpt, cfg.sampling, cfg.few_shot_len, *shared)
+    plain = Sampler(sft, cfg.sampling, cfg.prompt_len, *shared)
     sources = ["gpt_few_shot", *(["sft", "sft_rl"] * cfg.max_responses)]
     sources = sources[: int(counts.max()) - len(out[0])]
     for turn, source in enumerate(tracked(f"collect {split}", sources)):

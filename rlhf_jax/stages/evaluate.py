@@ -17,13 +17,8 @@ from rlhf_jax.stages.collect import cut_few_shot, few_shot_examples
 from rlhf_jax.stages.common import Context, Model, check_compatible, load_model
 from rlhf_jax.stages.comparison import judge_results, sample_lines, summarize
 from rlhf_jax.stages.pretrain import corpus_batches, heldout_rows, sum_logprobs
-from rlhf_jax.stages.scoring import (
-    Response,
-    Sampler,
-    fitting,
-    make_kl,
-    response_scores,
-)
+from rlhf_jax.stages.sampler import Response, Sampler, fitting, make_kl
+from rlhf_jax.stages.scoring import response_scores
 from rlhf_jax.training.loop import tracked
 from rlhf_jax.training.mesh import (
     fill_shards,
@@ -142,10 +137,9 @@ class Measurer:
         self._reference, self._reward, self._prompts = reference, reward, prompts
         self._cfg, self._ctx = cfg, ctx
         model, sampling = reference.cfg, cfg.sampling
-        self._plain = Sampler(reference, sampling, cfg.prompt_len, cfg.batch_size, ctx)
-        self._few_shot = Sampler(
-            reference, sampling, cfg.few_shot_len, cfg.batch_size, ctx
-        )
+        shared = (cfg.batch_size, ctx, "evaluate", 3)  # with that of the reward
+        self._plain = Sampler(reference, sampling, cfg.prompt_len, *shared)
+        self._few_shot = Sampler(reference, sampling, cfg.few_shot_len, *shared)
         self._kl = make_kl(reference, sampling, ctx.mesh)
         self._scores = jit_measure(response_scores, ctx.mesh, model=reward.cfg)
         self._sums = jit_measure(sum_logprobs, ctx.mesh, model=model)

@@ -35,7 +35,7 @@ from rlhf_jax.stages.pretrain import (
     heldout_rows,
     make_heldout_loss,
 )
-from rlhf_jax.stages.scoring import Sampler, fitting, make_kl, reward_measure
+from rlhf_jax.stages.sampler import Sampler, fitting, make_kl, reward_measure
 from rlhf_jax.training import memory
 from rlhf_jax.training.activations import on_accelerator
 from rlhf_jax.training.loop import run_loop

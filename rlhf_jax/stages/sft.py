@@ -17,7 +17,7 @@ from rlhf_jax.stages.common import (
     save_model,
 )
 from rlhf_jax.stages.pretrain import corpus_batches, lm_loss, make_heldout_loss
-from rlhf_jax.stages.scoring import Sampler, fitting, reward_measure
+from rlhf_jax.stages.sampler import Sampler, fitting, reward_measure
 from rlhf_jax.training.activations import on_accelerator, text_row
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.training.loop import LoopConfig, run_loop, tracked

@@ -143,12 +143,13 @@ def ppo_iteration(
 ) -> Memory:
     """The fullest phase of a PPO iteration: rollout, scores, update or ptx.
 
-    Rollout: keys and values [L, B, N, P - 1 + R, H], those of the prompt twice while
-    they are laid out (with slots: those of all prompts, and B slots), 3 arrays [B, V],
-    and weights in the dtype of their products. Scores: a forward pass of policy,
-    reference, value and reward model holds 6 [T, D], 1 [T, F] and the scores of
-    attention, those of the response twice; written out, all four advance together and
-    are fullest in the last block, 1 [R + 1, F], the reward model in the one before it.
+    Rollout: keys and values [L, B, N, P - 1 + R, H], while they are laid out the keys
+    of the prompt twice, then 4 arrays [B, V] (with slots: keys and values of all
+    prompts, and B slots), and weights in the dtype of their products. Scores: a forward
+    pass of policy, reference, value and reward model holds 6 [T, D], 1 [T, F] and the
+    scores of attention, those of the response twice; written out, all four advance
+    together and are fullest in the last block, 1 [R + 1, F], the reward model in the
+    one before it.
     Then 2 chunks of logits of policy and reference each. Ptx: beside the pass of PPO,
     on which it does not wait.
 
@@ -178,19 +179,7 @@ def ppo_iteration(
         phases.append(Memory(**dict(zip(_PARTS, both, strict=True)), least=step.least))
 
     decoded = rows if slots is None else min(slots, rows)
-    stem = prompt - 1
-    cache = rows * cache_bytes(policy, 1, stem)
-    cache += decoded * cache_bytes(policy, 1, stem + length)
-    sampled = 3 * 4 * decoded * policy.vocab_size
-    copied = 0.0  # of the weights, see `cast_once` and `layers_apart`
-    if policy.dtype != "float32":
-        weights = block_params(policy) + policy.vocab_size * policy.model_dim
-        copied = BYTES[policy.dtype] * weights / holders
-    if written_out(policy):
-        copied += BYTES[policy.dtype] * block_params(policy) / holders
-    phases.append(
-        Memory(cache=cache, logits=sampled, activations=copied, least=cache / 2)
-    )
+    phases += _decoding(policy, rows, decoded, prompt, length, holders)
 
     pairs = valued.pairs + (length + 1) * (prompt + length)
     seen = dataclasses.replace(valued, pairs=pairs)
@@ -216,6 +205,69 @@ def ppo_iteration(
         frozen=frozen - brought,
     )
     return _with_arguments(given, phases)
+
+
+def sampling(
+    model: TransformerConfig,
+    models: int,
+    rows: float,
+    prompt: int,
+    length: int,
+    holders: int = 1,
+    accelerator: bool = False,
+) -> Memory:
+    """Samples [rows, R] after prompts [rows, P], as collection and evaluation draw.
+
+    The fullest moment of decoding, or one block of the prompts beside their keys and
+    values: its attention, 5 [P - 1, D] and the scores, or its MLP, 2 [P - 1, D] and
+    1 [P - 1, F].
+
+    Args:
+        model: shape.
+        models: of this shape that the stage keeps on the device.
+        rows: prompts at a time on one device.
+        prompt, length: P, R.
+        holders: devices that hold one copy of the parameters between them.
+        accelerator: whether on a GPU or TPU.
+    """
+    row = text_row(prompt - 1, accelerator)
+    array = activation_size(model, row) * row.tokens
+    attention = 5 * array * model.model_dim + score_bytes(model, row, 1)
+    block = max(attention, array * (2 * model.model_dim + model.mlp_dim))
+    stem = rows * cache_bytes(model, 1, row.tokens)
+    phases = _decoding(model, rows, rows, prompt, length, holders)
+    copied = phases[0].activations
+    phases.append(Memory(cache=stem, activations=copied + rows * block))
+    given = Memory(frozen=models * param_bytes(model, holders))
+    return _with_arguments(given, phases)
+
+
+def _decoding(
+    model: TransformerConfig,
+    rows: float,
+    decoded: float,
+    prompt: int,
+    length: int,
+    holders: int,
+) -> list[Memory]:
+    """Responses [decoded, R] at a time after prompts [rows, P], see `ppo_iteration`:
+    while the cache is laid out, and while tokens are drawn."""
+    stem = rows * cache_bytes(model, 1, prompt - 1)
+    cache = decoded * cache_bytes(model, 1, prompt - 1 + length)
+    least = (stem + cache) / 2
+    copied = 0.0  # of the weights, see `cast_once` and `layers_apart`
+    if model.dtype != "float32":
+        weights = block_params(model) + model.vocab_size * model.model_dim
+        copied = BYTES[model.dtype] * weights / holders
+    if written_out(model):
+        copied += BYTES[model.dtype] * block_params(model) / holders
+    both = Memory(cache=cache, activations=copied, least=least)
+    logits = 4 * 4 * decoded * model.vocab_size
+    kept = 0.0 if decoded == rows else stem
+    return [
+        dataclasses.replace(both, cache=cache + max(stem / 2, kept)),
+        dataclasses.replace(both, cache=cache + kept, logits=logits),
+    ]
 
 
 _PARTS = ("gradients", "activations", "logits")

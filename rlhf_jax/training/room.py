@@ -10,7 +10,7 @@ import jax
 
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.training.activations import Row, on_accelerator
-from rlhf_jax.training.memory import Memory, train_step
+from rlhf_jax.training.memory import Memory, sampling, train_step
 from rlhf_jax.training.mesh import num_holders
 
 GIB = 2**30
@@ -124,6 +124,29 @@ def require_room_to_train(
     require_room(name, memory, model, lengths, mesh)
 
 
+def require_room_to_sample(
+    name: str,
+    model: TransformerConfig,
+    models: int,
+    shape: tuple[int, int, int],
+    mesh: jax.sharding.Mesh,
+) -> None:
+    """`require_room` for samples of collection or evaluation.
+
+    Args:
+        name: of the stage.
+        model: shape of its models.
+        models: how many of them it keeps on the device.
+        shape: prompts at a time on all devices, P and R.
+        mesh: see `require_room`.
+    """
+    rows, prompt, length = shape
+    held = num_holders(mesh), on_accelerator()
+    memory = sampling(model, models, rows / mesh.size, prompt, length, *held)
+    fields = ("prompt_len", "few_shot_len", "sampling.response_len")
+    require_room(name, memory, model, tuple(f"{name}.{f}" for f in fields), mesh)
+
+
 def advice(
     name: str,
     memory: Memory,
@@ -132,24 +155,26 @@ def advice(
     limit: int,
 ) -> list[str]:
     """What to change of a stage's config, for the arguments see `require_room`."""
-    movable = memory.frozen and on_accelerator()
+    trained = memory.parameters > 0
+    movable = trained and memory.frozen and on_accelerator()
     offload = [f"set {name}.offload_frozen"] if movable else []
     if memory.arguments + memory.optimizer / 2 > limit:  # gradients are half as much
-        smaller = ("num_layers", "model_dim")
+        shape = ("num_layers", "model_dim")
         return [
             *offload,
             "raise mesh.fsdp or mesh.tensor (more devices)",
-            *(f"lower pretrain.model.{field}" for field in smaller),
+            *(f"lower pretrain.model.{field}" for field in shape),
         ]
-    steps = [f"raise {name}.num_microbatches"]
-    if memory.cache:  # sampling is the fullest moment
+    smaller = f"lower {name}.batch_size"
+    steps = [f"raise {name}.num_microbatches"] if trained else [smaller]
+    if trained and memory.cache:  # sampling is the fullest moment
         steps = [f"set or lower {name}.num_slots"]
-    if model.remat != "block":
+    if trained and model.remat != "block":
         steps.append("set pretrain.model.remat to block (a new run)")
     steps += offload
     steps.append("raise mesh.fsdp or mesh.tensor (more devices)")
     steps += [f"shorten {field}" for field in lengths]
-    steps.append(f"lower {name}.batch_size")
+    steps += [smaller] if trained else []
     if model.dtype == "float32":
         steps.append("set pretrain.model.dtype to bfloat16 (a new run)")
     return steps

@@ -15,7 +15,7 @@ from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages import collect
 from rlhf_jax.stages.collect import CollectConfig, cut_few_shot, sample_responses
 from rlhf_jax.stages.common import Context, Model
-from rlhf_jax.stages.scoring import Response
+from rlhf_jax.stages.sampler import Response
 from rlhf_jax.training.mesh import MeshConfig
 from rlhf_jax.training.run_dir import RunDirError, StageDir, file_hash
 

@@ -13,7 +13,7 @@ from letters import FORM, LETTERS
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.ppo_run import make_evaluate
-from rlhf_jax.stages.scoring import Sampler
+from rlhf_jax.stages.sampler import Sampler
 from rlhf_jax.training.mesh import MeshConfig
 
 PROMPTS = ["a", "bc", "dca", "ef", "hig", "i", "ab", "cd", "e", "gh"]

@@ -23,7 +23,7 @@ from experiments.plan import Plan
 from experiments.presets import PRESETS
 from rlhf_jax.data.batches import RankingBatch, TokenBatch
 from rlhf_jax.nn.config import Remat, TransformerConfig
-from rlhf_jax.nn.sampling import Sampling
+from rlhf_jax.nn.sampling import Sampling, generate
 from rlhf_jax.nn.transformer import cast_once, forward, init_params
 from rlhf_jax.stages.common import init_model
 from rlhf_jax.stages.ppo import ppo_update
@@ -33,9 +33,10 @@ from rlhf_jax.stages.pretrain import lm_loss
 from rlhf_jax.stages.reward_model import WeightedRankings, reward_loss
 from rlhf_jax.training import room
 from rlhf_jax.training.activations import kept_bytes, response_row, text_row
-from rlhf_jax.training.memory import Memory, ppo_iteration, train_step
+from rlhf_jax.training.memory import Memory, ppo_iteration, sampling, train_step
 from rlhf_jax.training.mesh import (
     batch_sharding,
+    jit_measure,
     jit_step,
     num_holders,
     state_sharding,
@@ -262,6 +263,30 @@ def test_a_step_on_text_with_fsdp(num_layers):
     assert memory.temporaries == pytest.approx(found.temp_size_in_bytes, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("model", "prompt"),
+    [
+        (shape(), 448),  # attention over the prompts is the fullest moment
+        (shape(vocab=50257), 64),  # the logits of a token are
+        pytest.param(shape(12), 448, marks=pytest.mark.slow),  # laying out the cache
+    ],
+    ids=["prompts", "logits", "cache"],
+)
+def test_samples(model, prompt):
+    R, mesh = 64, some_devices(1, 1)
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), model))
+    static = {"eos_id": 1, "pad_id": 0, "sampling": Sampling(response_len=R)}
+    found = (
+        jit_measure(generate, mesh, model=model, **static)
+        .lower(params, ids(64, prompt), ids(64), jax.random.key(0), floats())
+        .compile()
+        .memory_analysis()
+    )
+    assert_predicted(sampling(model, 1, 64, prompt, R), found, rel=0.05)
+    three = sampling(model, 3, 64, prompt, R)
+    assert three.arguments == pytest.approx(3 * found.argument_size_in_bytes, rel=0.01)
+
+
 def test_slots_need_the_prompts_and_their_own_cache():
     """Never more than all episodes decoded at once with a cache as wide."""
     model = shape(dtype="bfloat16", remat="block")
@@ -276,7 +301,7 @@ def test_sampling_holds_weights_in_the_dtype_of_their_products():
     """Of a model so deep that nothing is fuller than its cache; biases aside."""
     for dtype in ("float32", "bfloat16"):
         model = shape(48, dtype=dtype)
-        memory = ppo_iteration(model, model, 256, 64, 64, 256, accelerator=True)
+        memory = ppo_iteration(model, model, 256, 128, 64, 256, accelerator=True)
         params = jax.eval_shape(lambda m=model: init_params(jax.random.key(0), m))
         copies = jax.eval_shape(lambda p, m=model: cast_once(p, m), params)
         low = [x for x in jax.tree.leaves(copies) if x.dtype == jnp.bfloat16]
@@ -361,6 +386,21 @@ def test_advice_leaves_out_what_is_done_already(monkeypatch):
     assert not {"pretrain.model.remat", "pretrain.model.dtype"} & set(
         fields_of(str(error.value))
     )
+
+
+def test_samples_that_do_not_fit_are_refused_with_fields_to_change(monkeypatch):
+    monkeypatch.setattr(room, "device_limit", lambda _: 2**27)
+    for name in ("collect", "evaluate"):
+        with pytest.raises(room.MemoryLimitError) as error:
+            room.require_room_to_sample(
+                name, shape(), 3, (4096, 256, 256), some_devices(1, 1)
+            )
+        fields = re.findall(r"\b(?:collect|evaluate)(?:\.\w+)+", str(error.value))
+        assert fields[0] == f"{name}.batch_size"
+        for path in fields:
+            functools.reduce(getattr, path.split("."), PRESETS["default"][1])
+        for only_trained in ("num_microbatches", "remat", "offload_frozen"):
+            assert only_trained not in str(error.value)
 
 
 def test_a_cpu_shares_the_machine_among_its_devices(monkeypatch):

@@ -1,0 +1,208 @@
+"""Sampling from models in batches of few compiled shapes, and measuring the samples."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data.batches import PromptBatch, prompt_batches
+from rlhf_jax.data.sources import DataError, Prompt
+from rlhf_jax.data.widths import fitted_width, width_groups
+from rlhf_jax.nn.sampling import Rollout, Sampling, generate
+from rlhf_jax.stages.common import Context, Model
+from rlhf_jax.stages.scoring import rollout_scores, sequence_kl
+from rlhf_jax.training.mesh import fill_shards, jit_measure, shard_whole_batch
+from rlhf_jax.training.room import require_room_to_sample
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """One sampled response."""
+
+    text: str
+    """Decoded, without end-of-text."""
+    ids: np.ndarray
+    """int32, [number of tokens], end-of-text included."""
+    ended: bool
+    """Whether it ended by itself."""
+
+
+class Sampler:
+    """Samples from models of one shape and measures the samples.
+
+    Compiled once, or once for each width where `width_groups` makes several.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sampling: Sampling,
+        prompt_len: int,
+        batch_size: int,
+        ctx: Context,
+        stage: str = "",
+        num_models: int = 1,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+            model: gives shape, tokenizer and format; parameters come with each call.
+            sampling: contract.
+            prompt_len: longest prompt in tokens.
+            batch_size: prompts at a time, see `fill_shards`.
+            ctx: the run.
+            stage: whose memory is told, and refused, before anything is compiled;
+                empty where samples are the least of it.
+            num_models: of this shape that the stage keeps on the device.
+        """
+        self.model, self.sampling = model, sampling
+        self._stage, self._num_models, self._widest = stage, num_models, 0
+        self._prompt_len, self._ctx = prompt_len, ctx
+        self._batch_size = fill_shards(batch_size, ctx.mesh)
+        tokenizer = model.tokenizer
+        self._generate = jit_measure(
+            generate,
+            ctx.mesh,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            model=model.cfg,
+            sampling=sampling,
+        )
+        self._measures: dict[Callable, Callable] = {}
+
+    def __call__(
+        self, params: Any, prompts: Sequence[str], key: Array
+    ) -> list[Response]:
+        """One response to each prompt, in order; the key decides all randomness."""
+        return self.measured(params, prompts, key, {})[0]
+
+    def measured(
+        self,
+        params: Any,
+        prompts: Sequence[str],
+        key: Array,
+        measures: dict[str, Callable],
+    ) -> tuple[list[Response], dict[str, np.ndarray]]:
+        """Samples and measures of each sample.
+
+        Args:
+            params: of the policy.
+            prompts: texts, none longer than prompt_len tokens.
+            key: typed PRNG key; batch i uses `fold_in(key, i)`.
+            measures: name -> compiled `(prompts, prompt_lengths, rollout) -> [B]`.
+
+        Returns:
+            Responses, and each measure as an array, in the order of the prompts.
+
+        Raises:
+            DataError: if a prompt is longer than prompt_len.
+        """
+        encode = self.model.format.encode_prompt
+        ids = [encode(self.model.tokenizer, prompt) for prompt in prompts]
+        num_long = sum(len(x) > self._prompt_len for x in ids)
+        if num_long:
+            raise DataError(
+                f"{num_long} of {len(prompts)} prompts are longer than "
+                f"{self._prompt_len} tokens; raise prompt_len (with few-shot examples: "
+                "raise few_shot_len or lower num_few_shot) or leave them out"
+            )
+        temperature = jnp.float32(self.sampling.temperature)
+        lengths = [len(x) for x in ids]
+        self._require_room(fitted_width(lengths, self._prompt_len))
+        groups = width_groups(lengths, self._prompt_len, self._batch_size)
+        responses: list[Response] = []
+        values: dict[str, list[np.ndarray]] = {name: [] for name in measures}
+        for step, (batch, count) in enumerate(self._batches(prompts, groups)):
+            batch = shard_whole_batch(self._ctx.mesh, batch)
+            rollout = self._generate(
+                params,
+                batch.prompts,
+                batch.prompt_lengths,
+                jax.random.fold_in(key, step),
+                temperature,
+            )
+            measured = {
+                name: measure(batch.prompts, batch.prompt_lengths, rollout)
+                for name, measure in measures.items()
+            }
+            rollout, measured = jax.device_get((rollout, measured))
+            for row in range(count):
+                ids = rollout.responses[row, : rollout.lengths[row]]
+                responses.append(
+                    Response(
+                        # the byte 0 is no text, as other bytes that decode to U+FFFD
+                        text=self.model.tokenizer.decode(ids).replace("\0", "\ufffd"),
+                        ids=ids,
+                        ended=bool(rollout.ended[row]),
+                    )
+                )
+            for name, x in measured.items():
+                values[name].append(x[:count])
+        back = np.argsort(np.concatenate(groups))
+        in_order = {name: np.concatenate(x)[back] for name, x in values.items()}
+        return [responses[i] for i in back], in_order
+
+    def _require_room(self, width: int) -> None:
+        """Once, and again for prompts wider than before."""
+        if not self._stage or width <= self._widest:
+            return
+        self._widest = width
+        shape = (self._batch_size, width, self.sampling.response_len)
+        stage, cfg, mesh = self._stage, self.model.cfg, self._ctx.mesh
+        require_room_to_sample(stage, cfg, self._num_models, shape, mesh)
+
+    def _batches(
+        self, prompts: Sequence[str], groups: Sequence[np.ndarray]
+    ) -> Iterator[tuple[PromptBatch, int]]:
+        """Batches of one group after the other, and how many rows of each are real."""
+        for group in groups:
+            batches = prompt_batches(
+                [Prompt(prompts[int(i)]) for i in group],
+                self.model.tokenizer,
+                self.model.format,
+                self._batch_size,
+                self._prompt_len,
+                None,
+            )
+            for step in range(batches.steps_per_epoch):
+                yield batches(step), batches.real_rows(step)
+
+
+def reward_measure(reward: Model, mesh: jax.sharding.Mesh) -> Callable:
+    """A measure for `Sampler.measured`: the reward model's score of each sample."""
+    return functools.partial(
+        jit_measure(rollout_scores, mesh, model=reward.cfg), reward.params
+    )
+
+
+def make_kl(
+    reference: Model, sampling: Sampling, mesh: jax.sharding.Mesh
+) -> Callable[[Any, Array, Array, Rollout], Array]:
+    """Returns `(policy, prompts, prompt_lengths, rollout) -> KL to the reference, [B]`.
+
+    Nats per response, see `sequence_kl`; compiled once.
+    """
+    compiled = jit_measure(sequence_kl, mesh, sampling=sampling, model=reference.cfg)
+    temperature = jnp.float32(sampling.temperature)
+
+    def kl(policy, prompts, prompt_lengths, rollout):
+        return compiled(
+            policy, reference.params, prompts, prompt_lengths, rollout, temperature
+        )
+
+    return kl
+
+
+def fitting(prompts: list[str], model: Model, prompt_len: int) -> list[str]:
+    """The prompts that fit; how many did not is told."""
+    ids = (model.format.encode_prompt(model.tokenizer, p) for p in prompts)
+    kept = [p for p, x in zip(prompts, ids, strict=True) if len(x) <= prompt_len]
+    if len(kept) < len(prompts):
+        print(f"{len(prompts) - len(kept)} prompts over {prompt_len} tokens left out")
+    return kept
