@@ -655,6 +655,20 @@ MUTATIONS = (
         "stages/test_invariants.py",
     ),
     Mutation(
+        "samples in the order of their groups, not of their prompts",
+        "rlhf_jax/stages/sampler.py",
+        "back = np.argsort(np.concatenate(groups))",
+        "back = np.arange(len(prompts))",
+        "stages/test_sampler.py",
+    ),
+    Mutation(
+        "rows as wide as the shortest of their data",
+        "rlhf_jax/data/widths.py",
+        "max(lengths, default=0)",
+        "min(lengths, default=0)",
+        "data/test_widths.py",
+    ),
+    Mutation(
         "documents of a packed row that see each other",
         "rlhf_jax/stages/pretrain.py",
         "document_end = eos_id if cfg.separate_documents else None",
