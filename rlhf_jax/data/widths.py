@@ -18,6 +18,29 @@ def fitted_width(lengths: Iterable[int], limit: int) -> int:
     return width if 4 * width <= 3 * limit else limit
 
 
+def advise_width(lengths: Sequence[int], limit: int, field: str) -> str | None:
+    """What a lower limit would save, where few long rows widen all by half or more.
+
+    Args:
+        lengths: tokens of each row, [N].
+        limit: most tokens of a row; longer ones are left out.
+        field: that sets it.
+
+    Returns:
+        A sentence, if at most 5 % of the rows make all twice as wide; else None.
+    """
+    kept = [n for n in lengths if n <= limit]
+    width = fitted_width(kept, limit)
+    for narrow in range(WIDTH_STEP, width // 2 + 1, WIDTH_STEP):
+        num_long = sum(n > narrow for n in kept)
+        if num_long <= 0.05 * len(kept):
+            return (
+                f"{len(kept)} prompts are padded to {width} tokens for {num_long} of "
+                f"more than {narrow}; {field} {narrow} would leave those out"
+            )
+    return None
+
+
 def width_groups(
     lengths: Sequence[int], limit: int, batch_size: int
 ) -> list[np.ndarray]:

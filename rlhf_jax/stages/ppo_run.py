@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data.batches import TokenBatch, prompt_batches
+from rlhf_jax.data.widths import advise_width
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.heads import init_scalar_head
 from rlhf_jax.stages.common import (
@@ -53,8 +55,14 @@ def make_inputs(
     cfg: PPOConfig, reference: Model, ctx: Context, name: str
 ) -> tuple[Any, int]:
     """Step -> this process's rows of `PPOInputs`, and how many prompts are too long."""
+    records = ctx.inputs.read("ppo_prompts", "train")
+    encode = functools.partial(reference.format.encode_prompt, reference.tokenizer)
+    lengths = [len(encode(records[i].prompt)) for i in range(len(records))]
+    advice = advise_width(lengths, cfg.prompt_len, f"{name}.prompt_len")
+    if advice and jax.process_index() == 0:
+        print(f"{name}: {advice}", file=sys.stderr)
     prompts = prompt_batches(
-        ctx.inputs.read("ppo_prompts", "train"),  # type: ignore[arg-type]
+        records,  # type: ignore[arg-type]
         reference.tokenizer,
         reference.format,
         cfg.batch_size,

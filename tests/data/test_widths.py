@@ -12,7 +12,7 @@ from rlhf_jax.data.batches import (
     ranking_batches,
 )
 from rlhf_jax.data.records import Demonstration, Prompt, Ranking
-from rlhf_jax.data.widths import fitted_width, width_groups
+from rlhf_jax.data.widths import advise_width, fitted_width, width_groups
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
@@ -49,6 +49,18 @@ def test_short_prompts_are_not_padded_to_the_longest_unless_they_are_few():
 
 def test_a_group_that_would_be_as_wide_as_the_rest_is_none():
     assert len(width_groups([60] * 100 + [68] * 100, 68, 2)) == 1
+
+
+def test_few_long_prompts_that_widen_all_are_told():
+    lengths = [20] * 95 + [65] * 4 + [200, 900]
+    told = advise_width(lengths, 512, "ppo.prompt_len")
+    assert told is not None
+    assert "100 prompts are padded to 256 tokens for 5 of more than 64" in told
+    assert "ppo.prompt_len 64" in told
+    assert advise_width([*lengths, 65], 512, "") is not None  # of 128, for one of 200
+    assert advise_width([20] * 95 + [65] * 6, 512, "") is None  # more than a few
+    assert advise_width([20] * 99 + [70], 72, "") is None  # narrower by too little
+    assert advise_width([900], 512, "") is None  # none is kept: an error elsewhere
 
 
 def test_batches_are_as_wide_as_the_longest_kept_record():

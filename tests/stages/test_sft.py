@@ -83,8 +83,12 @@ def text_batch(step, rows=3):
     return TokenBatch(tokens, tokens[:, ::-1].copy(), weights)
 
 
-def test_mixing_weighs_both_losses_by_the_fraction():
+@pytest.mark.parametrize("width", [5, 7])
+def test_mixing_weighs_both_losses_by_the_fraction(width):
+    """Also where the demonstrations are narrower than the text beside them."""
     demonstrations = jax.tree.map(np.asarray, batch_of(DEMONSTRATIONS))
+    assert not demonstrations.weights[:, width:].any()
+    demonstrations = jax.tree.map(lambda x: x[:, :width], demonstrations)
     mixed = mixed_batches(lambda step: demonstrations, text_batch, 0.25)(5)
     assert mixed.tokens.shape == (5, 7)
     np.testing.assert_allclose(mixed.weights.sum(), 1.0, rtol=1e-6)
