@@ -193,7 +193,7 @@ def devices(count: int, repeats: int) -> list[Row]:
         )
         return json.loads(out.stdout.splitlines()[-1])
 
-    runs = [(measure(count), measure(1)) for _ in range(max(1, repeats // 2))]
+    runs = [(measure(count), measure(1)) for _ in range(repeats)]
     runs.sort(key=lambda pair: pair[0]["time"] / pair[1]["time"])
     ratios = [a["time"] / b["time"] for a, b in runs]
     many, one = runs[len(runs) // 2]

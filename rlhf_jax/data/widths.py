@@ -41,33 +41,41 @@ def advise_width(lengths: Sequence[int], limit: int, field: str) -> str | None:
     return None
 
 
-def width_groups(
-    lengths: Sequence[int], limit: int, batch_size: int
-) -> list[np.ndarray]:
-    """Which prompts are sampled together, so that short ones are not padded to long.
+def width_bounds(
+    lengths: Sequence[int], limit: int, batch_size: int, num_calls: int = 1
+) -> list[int]:
+    """Most tokens of the prompts that are sampled apart from longer ones, ascending.
 
-    Those of up to 64, 128, 256, ... tokens, as far as `fitted_width` tells them from
-    the limit; where they would not fill 8 batches, they join the next longer ones.
+    64, 128, 256, ... as far as `fitted_width` tells them from the limit, and as far as
+    the prompts between two of them fill 8 batches, which a program of its own is worth.
 
     Args:
         lengths: tokens of each prompt, [N].
         limit: most tokens of a prompt.
         batch_size: prompts sampled at a time.
+        num_calls: how often these prompts will be sampled.
+    """
+    bounds: list[int] = []
+    below, width = 0, WIDTH_STEP
+    while fitted_width([width], limit) < limit:
+        between = num_calls * sum(below < n <= width for n in lengths)
+        if between >= MIN_BATCHES * batch_size:
+            bounds.append(width)
+            below = width
+        width *= 2
+    return bounds
+
+
+def width_groups(lengths: Sequence[int], bounds: Sequence[int]) -> list[np.ndarray]:
+    """Which prompts are sampled together, so that short ones are not padded to long.
+
+    Args:
+        lengths: tokens of each prompt, [N].
+        bounds: of `width_bounds`.
 
     Returns:
-        Ascending indices of each group, the shortest prompts first; every prompt is in
-        one group.
+        Ascending indices of each group that has any, the shortest prompts first; every
+        prompt is in one group.
     """
-    widths: list[int] = []
-    while fitted_width([width := WIDTH_STEP << len(widths)], limit) < limit:
-        widths.append(width)
-    group_of = np.searchsorted(widths, lengths)
-    last = group_of.max(initial=0)
-    groups: list[np.ndarray] = []
-    members = np.zeros(len(lengths), bool)
-    for group in range(last + 1):
-        members |= group_of == group
-        if members.sum() >= MIN_BATCHES * batch_size or group == last:
-            groups.append(np.flatnonzero(members))
-            members[:] = False
-    return groups
+    group_of = np.searchsorted(bounds, lengths)
+    return [np.flatnonzero(group_of == group) for group in np.unique(group_of)]

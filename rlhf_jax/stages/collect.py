@@ -15,6 +15,7 @@ from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.common import Context, Model, check_compatible, load_model
 from rlhf_jax.stages.sampler import Response, Sampler, fitting
 from rlhf_jax.training.loop import tracked
+from rlhf_jax.training.room import require_room_to_sample
 from rlhf_jax.training.run_dir import (
     RunDirError,
     StageDir,
@@ -98,9 +99,13 @@ def sample_responses(
             ("demonstration", Response(text, np.zeros(0, np.int32), True))
         )
     gpt, sft = models["gpt_few_shot"], models["sft"]
-    shared = (cfg.batch_size, ctx, "collect", len(models))
-    few_shot = Sampler(gpt, cfg.sampling, cfg.few_shot_len, *shared)
-    plain = Sampler(sft, cfg.sampling, cfg.prompt_len, *shared)
+    few_shot = Sampler(gpt, cfg.sampling, cfg.few_shot_len, cfg.batch_size, ctx)
+    turns = cfg.min_responses  # at least so many of each prompt
+    plain = Sampler(sft, cfg.sampling, cfg.prompt_len, cfg.batch_size, ctx, turns)
+    given = [gpt.format.few_shot_prompt(examples, text) for text in prompts]
+    width = max(few_shot.width(given), plain.width(prompts))
+    shape = (cfg.batch_size, width, cfg.sampling.response_len)
+    require_room_to_sample("collect", sft.cfg, len(models), shape, ctx.mesh)
     sources = ["gpt_few_shot", *(["sft", "sft_rl"] * cfg.max_responses)]
     sources = sources[: int(counts.max()) - len(out[0])]
     for turn, source in enumerate(tracked(f"collect {split}", sources)):
@@ -108,8 +113,7 @@ def sample_responses(
         texts = [prompts[i] for i in wanted]
         turn_key = jax.random.fold_in(key, turn)
         if source == "gpt_few_shot":
-            texts = [gpt.format.few_shot_prompt(examples, text) for text in texts]
-            drawn = few_shot(gpt.params, texts, turn_key)
+            drawn = few_shot(gpt.params, [given[i] for i in wanted], turn_key)
             drawn = [cut_few_shot(r, gpt) for r in drawn]
         else:
             drawn = plain(models[source].params, texts, turn_key)

@@ -28,6 +28,7 @@ from rlhf_jax.training.mesh import (
     shard_batch,
     shard_whole_batch,
 )
+from rlhf_jax.training.room import require_room_to_sample
 from rlhf_jax.training.run_dir import read_json, write_text
 
 MODELS = {
@@ -137,9 +138,19 @@ class Measurer:
         self._reference, self._reward, self._prompts = reference, reward, prompts
         self._cfg, self._ctx = cfg, ctx
         model, sampling = reference.cfg, cfg.sampling
-        shared = (cfg.batch_size, ctx, "evaluate", 3)  # with that of the reward
-        self._plain = Sampler(reference, sampling, cfg.prompt_len, *shared)
-        self._few_shot = Sampler(reference, sampling, cfg.few_shot_len, *shared)
+        rows, times = cfg.batch_size, cfg.num_samples
+        self._plain = Sampler(
+            reference, sampling, cfg.prompt_len, rows, ctx, times * (len(MODELS) - 1)
+        )
+        self._few_shot = Sampler(
+            reference, sampling, cfg.few_shot_len, rows, ctx, times
+        )
+        examples = few_shot_examples(ctx, cfg.num_few_shot)
+        self._shown = [reference.format.few_shot_prompt(examples, p) for p in prompts]
+        width = max(self._plain.width(prompts), self._few_shot.width(self._shown))
+        shape = (rows, width, sampling.response_len)
+        # the reference, the reward model's and the one that is sampled from
+        require_room_to_sample("evaluate", model, 3, shape, ctx.mesh, measured=True)
         self._kl = make_kl(reference, sampling, ctx.mesh)
         self._scores = jit_measure(response_scores, ctx.mesh, model=reward.cfg)
         self._sums = jit_measure(sum_logprobs, ctx.mesh, model=model)
@@ -159,9 +170,7 @@ class Measurer:
         few_shot = name == "gpt_few_shot"
         given, sampler = list(self._prompts), self._plain
         if few_shot:
-            examples = few_shot_examples(self._ctx, self._cfg.num_few_shot)
-            given = [model.format.few_shot_prompt(examples, p) for p in given]
-            sampler = self._few_shot
+            given, sampler = self._shown, self._few_shot
         kl = functools.partial(self._kl, model.params)
         fields = ("texts", "ended", "lengths", "rewards", "kl")
         measured: dict[str, Any] = {field: [] for field in fields}

@@ -33,7 +33,7 @@ class RankingLimits(Protocol):
 
 
 class RankingScorer:
-    """Scores of whole rankings as text, in batches of one compiled shape."""
+    """Scores of whole rankings as text, in batches of one shape a call."""
 
     def __init__(self, cfg: RankingLimits, model: Model, ctx: Context):
         self._cfg, self._model, self._ctx = cfg, model, ctx

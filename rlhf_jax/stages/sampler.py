@@ -11,12 +11,11 @@ import numpy as np
 
 from rlhf_jax.data.batches import PromptBatch, prompt_batches
 from rlhf_jax.data.sources import DataError, Prompt
-from rlhf_jax.data.widths import fitted_width, width_groups
+from rlhf_jax.data.widths import fitted_width, width_bounds, width_groups
 from rlhf_jax.nn.sampling import Rollout, Sampling, generate
 from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.scoring import rollout_scores, sequence_kl
 from rlhf_jax.training.mesh import fill_shards, jit_measure, shard_whole_batch
-from rlhf_jax.training.room import require_room_to_sample
 
 Array = jax.Array
 
@@ -36,7 +35,7 @@ class Response:
 class Sampler:
     """Samples from models of one shape and measures the samples.
 
-    Compiled once, or once for each width where `width_groups` makes several.
+    Compiled once for each of few widths, see `width_bounds`.
     """
 
     def __init__(
@@ -46,8 +45,7 @@ class Sampler:
         prompt_len: int,
         batch_size: int,
         ctx: Context,
-        stage: str = "",
-        num_models: int = 1,
+        num_calls: int = 1,
     ):
         """Compiles nothing yet.
 
@@ -57,12 +55,9 @@ class Sampler:
             prompt_len: longest prompt in tokens.
             batch_size: prompts at a time, see `fill_shards`.
             ctx: the run.
-            stage: whose memory is told, and refused, before anything is compiled;
-                empty where samples are the least of it.
-            num_models: of this shape that the stage keeps on the device.
+            num_calls: how often the prompts of the first call will be sampled.
         """
         self.model, self.sampling = model, sampling
-        self._stage, self._num_models, self._widest = stage, num_models, 0
         self._prompt_len, self._ctx = prompt_len, ctx
         self._batch_size = fill_shards(batch_size, ctx.mesh)
         tokenizer = model.tokenizer
@@ -74,7 +69,7 @@ class Sampler:
             model=model.cfg,
             sampling=sampling,
         )
-        self._measures: dict[Callable, Callable] = {}
+        self._num_calls, self._bounds = num_calls, None
 
     def __call__(
         self, params: Any, prompts: Sequence[str], key: Array
@@ -103,9 +98,8 @@ class Sampler:
         Raises:
             DataError: if a prompt is longer than prompt_len.
         """
-        encode = self.model.format.encode_prompt
-        ids = [encode(self.model.tokenizer, prompt) for prompt in prompts]
-        num_long = sum(len(x) > self._prompt_len for x in ids)
+        lengths = self._lengths(prompts)
+        num_long = sum(n > self._prompt_len for n in lengths)
         if num_long:
             raise DataError(
                 f"{num_long} of {len(prompts)} prompts are longer than "
@@ -113,9 +107,10 @@ class Sampler:
                 "raise few_shot_len or lower num_few_shot) or leave them out"
             )
         temperature = jnp.float32(self.sampling.temperature)
-        lengths = [len(x) for x in ids]
-        self._require_room(fitted_width(lengths, self._prompt_len))
-        groups = width_groups(lengths, self._prompt_len, self._batch_size)
+        if self._bounds is None:  # programs that later calls find compiled
+            counts = self._batch_size, self._num_calls
+            self._bounds = width_bounds(lengths, self._prompt_len, *counts)
+        groups = width_groups(lengths, self._bounds)
         responses: list[Response] = []
         values: dict[str, list[np.ndarray]] = {name: [] for name in measures}
         for step, (batch, count) in enumerate(self._batches(prompts, groups)):
@@ -148,14 +143,13 @@ class Sampler:
         in_order = {name: np.concatenate(x)[back] for name, x in values.items()}
         return [responses[i] for i in back], in_order
 
-    def _require_room(self, width: int) -> None:
-        """Once, and again for prompts wider than before."""
-        if not self._stage or width <= self._widest:
-            return
-        self._widest = width
-        shape = (self._batch_size, width, self.sampling.response_len)
-        stage, cfg, mesh = self._stage, self.model.cfg, self._ctx.mesh
-        require_room_to_sample(stage, cfg, self._num_models, shape, mesh)
+    def width(self, prompts: Sequence[str]) -> int:
+        """Columns of the widest batch of these prompts, P."""
+        return fitted_width(self._lengths(prompts), self._prompt_len)
+
+    def _lengths(self, prompts: Sequence[str]) -> list[int]:
+        encode = self.model.format.encode_prompt
+        return [len(encode(self.model.tokenizer, prompt)) for prompt in prompts]
 
     def _batches(
         self, prompts: Sequence[str], groups: Sequence[np.ndarray]

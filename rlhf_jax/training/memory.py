@@ -143,15 +143,14 @@ def ppo_iteration(
 ) -> Memory:
     """The fullest phase of a PPO iteration: rollout, scores, update or ptx.
 
-    Rollout: keys and values [L, B, N, P - 1 + R, H], while they are laid out the keys
-    of the prompt twice, then 4 arrays [B, V] (with slots: keys and values of all
-    prompts, and B slots), and weights in the dtype of their products. Scores: a forward
-    pass of policy, reference, value and reward model holds 6 [T, D], 1 [T, F] and the
-    scores of attention, those of the response twice; written out, all four advance
-    together and are fullest in the last block, 1 [R + 1, F], the reward model in the
-    one before it.
-    Then 2 chunks of logits of policy and reference each. Ptx: beside the pass of PPO,
-    on which it does not wait.
+    Rollout: keys and values [L, B, N, P - 1 + R, H], while they are laid out those of
+    the prompt twice (XLA may manage with the keys alone), then 4 arrays [B, V] (with
+    slots: keys and values of all prompts, and B slots), and weights in the dtype of
+    their products. Scores: a forward pass of policy, reference, value and reward model
+    holds 6 [T, D], 1 [T, F] and the scores of attention, those of the response twice;
+    written out, all four advance together and are fullest in the last block,
+    1 [R + 1, F], the reward model in the one before it. Then 2 chunks of logits of
+    policy and reference each. Ptx: beside the pass of PPO, on which it does not wait.
 
     Args:
         policy, reward: shapes; a value model of its own has the reward model's.
@@ -181,15 +180,10 @@ def ppo_iteration(
     decoded = rows if slots is None else min(slots, rows)
     phases += _decoding(policy, rows, decoded, prompt, length, holders)
 
-    pairs = valued.pairs + (length + 1) * (prompt + length)
-    seen = dataclasses.replace(valued, pairs=pairs)
+    seen = _seen(valued, prompt, length)
     last = seen.last if unrolled(policy) else seen.tokens
     models = [(policy, last)] * 2 + [(model, last) for model, _ in own_value]
-    forwards = [
-        activation_size(m, seen) * (seen.tokens * 6 * m.model_dim + wide * m.mlp_dim)
-        + score_bytes(m, seen, 1)
-        for m, wide in [*models, (reward, seen.tokens)]
-    ]
+    forwards = [_forward(m, seen, wide) for m, wide in [*models, (reward, seen.tokens)]]
     together = sum if unrolled(policy) else max
     frozen = sum(frozen_bytes(model, holders) for model in (policy, reward))
     brought = frozen if offload and accelerator else 0.0  # a CPU has but one memory
@@ -207,6 +201,18 @@ def ppo_iteration(
     return _with_arguments(given, phases)
 
 
+def _seen(row: Row, prompt: int, length: int) -> Row:
+    """`response_row` with the scores of the response twice, as a forward pass has."""
+    pairs = row.pairs + (length + 1) * (prompt + length)
+    return dataclasses.replace(row, pairs=pairs)
+
+
+def _forward(model: TransformerConfig, row: Row, wide: int) -> float:
+    """Of one row: 6 [T, D], the MLP of `wide` positions and the scores of attention."""
+    width = row.tokens * 6 * model.model_dim + wide * model.mlp_dim
+    return activation_size(model, row) * width + score_bytes(model, row, 1)
+
+
 def sampling(
     model: TransformerConfig,
     models: int,
@@ -215,6 +221,7 @@ def sampling(
     length: int,
     holders: int = 1,
     accelerator: bool = False,
+    measured: bool = False,
 ) -> Memory:
     """Samples [rows, R] after prompts [rows, P], as collection and evaluation draw.
 
@@ -229,6 +236,8 @@ def sampling(
         prompt, length: P, R.
         holders: devices that hold one copy of the parameters between them.
         accelerator: whether on a GPU or TPU.
+        measured: whether the KL to a reference is measured, two forward passes with
+            logits, as of the scores in `ppo_iteration`.
     """
     row = text_row(prompt - 1, accelerator)
     array = activation_size(model, row) * row.tokens
@@ -238,6 +247,13 @@ def sampling(
     phases = _decoding(model, rows, rows, prompt, length, holders)
     copied = phases[0].activations
     phases.append(Memory(cache=stem, activations=copied + rows * block))
+    if measured:
+        spoken = response_row(prompt, 1, length, accelerator, logits=length)
+        wide = spoken.last if unrolled(model) else spoken.tokens
+        passes = _forward(model, _seen(spoken, prompt, length), wide)
+        passes *= 2 if unrolled(model) else 1
+        phases.append(Memory(activations=rows * passes))
+        phases.append(Memory(logits=4 * logits_bytes(model, rows, spoken)))
     given = Memory(frozen=models * param_bytes(model, holders))
     return _with_arguments(given, phases)
 
@@ -265,7 +281,7 @@ def _decoding(
     logits = 4 * 4 * decoded * model.vocab_size
     kept = 0.0 if decoded == rows else stem
     return [
-        dataclasses.replace(both, cache=cache + max(stem / 2, kept)),
+        dataclasses.replace(both, cache=cache + stem),
         dataclasses.replace(both, cache=cache + kept, logits=logits),
     ]
 

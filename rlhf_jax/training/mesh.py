@@ -217,11 +217,8 @@ def jit_step(step: Callable, mesh: Mesh, sharding: Any) -> Callable:
 
 
 @functools.cache  # stages that measure the same share the program
-@functools.cache
 def jit_measure(measure: Callable, mesh: Mesh, **static: Any) -> Callable:
     """Compiles a function of arrays whose whole result every process gets.
-
-    Once in a process: stages that ask for the same share its programs.
 
     Args:
         measure: of the module, not made anew for each caller.

@@ -130,6 +130,7 @@ def require_room_to_sample(
     models: int,
     shape: tuple[int, int, int],
     mesh: jax.sharding.Mesh,
+    measured: bool = False,
 ) -> None:
     """`require_room` for samples of collection or evaluation.
 
@@ -139,9 +140,10 @@ def require_room_to_sample(
         models: how many of them it keeps on the device.
         shape: prompts at a time on all devices, P and R.
         mesh: see `require_room`.
+        measured: whether the KL of the samples is.
     """
     rows, prompt, length = shape
-    held = num_holders(mesh), on_accelerator()
+    held = num_holders(mesh), on_accelerator(), measured
     memory = sampling(model, models, rows / mesh.size, prompt, length, *held)
     fields = ("prompt_len", "few_shot_len", "sampling.response_len")
     require_room(name, memory, model, tuple(f"{name}.{f}" for f in fields), mesh)

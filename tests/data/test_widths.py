@@ -12,7 +12,7 @@ from rlhf_jax.data.batches import (
     ranking_batches,
 )
 from rlhf_jax.data.records import Demonstration, Prompt, Ranking
-from rlhf_jax.data.widths import advise_width, fitted_width, width_groups
+from rlhf_jax.data.widths import advise_width, fitted_width, width_bounds, width_groups
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
@@ -28,9 +28,13 @@ def test_a_width_holds_the_longest_row_and_wastes_less_than_a_step(longest, limi
         assert longest > 0.75 * limit - 64
 
 
+def grouped(lengths, limit, size, num_calls=1):
+    return width_groups(lengths, width_bounds(lengths, limit, size, num_calls))
+
+
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=400), st.integers(1, 6))
 def test_every_prompt_is_in_one_group_none_longer_than_those_of_the_next(lengths, size):
-    groups = width_groups(lengths, 700, size)
+    groups = grouped(lengths, 700, size)
     assert sorted(np.concatenate(groups)) == list(range(len(lengths)))
     sizes = np.array(lengths)
     for group, following in zip(groups[:-1], groups[1:], strict=True):
@@ -41,14 +45,24 @@ def test_every_prompt_is_in_one_group_none_longer_than_those_of_the_next(lengths
 
 def test_short_prompts_are_not_padded_to_the_longest_unless_they_are_few():
     lengths = [100, *[10] * 16, 300, *[60] * 16, 120]
-    short, long = width_groups(lengths, 512, 4)
+    short, long = grouped(lengths, 512, 4)
     assert list(short) == [*range(1, 17), *range(18, 34)]
     assert list(long) == [0, 17, 34]  # 100 and 120 are too few for one of their own
-    assert len(width_groups(lengths, 512, 5)) == 1
+    assert len(grouped(lengths, 512, 5)) == 1
+    assert len(grouped(lengths, 512, 5, num_calls=2)) == 2
+
+
+def test_later_prompts_go_by_the_widths_of_the_first():
+    bounds = width_bounds([10] * 32 + [200] * 3, 512, 4)
+    assert bounds == [64]
+    short, long = width_groups([90, 20, 64], bounds)  # too few to make a bound
+    assert (list(short), list(long)) == ([1, 2], [0])
+    (only,) = width_groups([90, 70], bounds)
+    assert list(only) == [0, 1]
 
 
 def test_a_group_that_would_be_as_wide_as_the_rest_is_none():
-    assert len(width_groups([60] * 100 + [68] * 100, 68, 2)) == 1
+    assert len(grouped([60] * 100 + [68] * 100, 68, 2)) == 1
 
 
 def test_few_long_prompts_that_widen_all_are_told():

@@ -14,7 +14,6 @@ from meshes import some_devices
 from rlhf_jax.data import widths
 from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.sampler import Sampler
-from rlhf_jax.training import room
 
 PROMPTS = ["abcdefg", "a", "ccc", "bad", "gg", "hifa", "dcba", "e", "abcd", "i"]
 
@@ -33,7 +32,7 @@ def sampler(tmp_path):
     params = case.moved(case.transformer(9), 0.3)  # whose responses differ
     model = Model("language_model", params, case.MODEL, LETTERS, FORM)
     sampling = dataclasses.replace(case.CONFIG.sampling, top_k=1)
-    return Sampler(model, sampling, 8, 2, ctx, "collect", num_models=3)
+    return Sampler(model, sampling, 8, 2, ctx)
 
 
 def test_groups_of_prompts_give_the_samples_of_each_prompt_alone(sampler, monkeypatch):
@@ -44,6 +43,8 @@ def test_groups_of_prompts_give_the_samples_of_each_prompt_alone(sampler, monkey
     ]
     monkeypatch.setattr(widths, "WIDTH_STEP", 2)
     monkeypatch.setattr(widths, "MIN_BATCHES", 1)
+    sampler._bounds = None  # as before the first call
+    assert sampler.width(PROMPTS) == 8
     shapes = []
 
     def seen(prompts, prompt_lengths, rollout):
@@ -52,6 +53,9 @@ def test_groups_of_prompts_give_the_samples_of_each_prompt_alone(sampler, monkey
 
     responses, values = sampler.measured(params, PROMPTS, key, {"sum": seen})
     assert shapes == [(2, 2)] * 2 + [(2, 4)] * 2 + [(2, 8)] * 2
+    shapes.clear()
+    sampler.measured(params, ["abcdefg", "a"], key, {"sum": seen})
+    assert shapes == [(2, 2), (2, 8)]  # no new ones where there are fewer prompts
     assert len({r.text for r in responses}) > 4
     for response, value, (one, measured) in zip(
         responses, values["sum"], alone, strict=True
@@ -59,19 +63,3 @@ def test_groups_of_prompts_give_the_samples_of_each_prompt_alone(sampler, monkey
         np.testing.assert_array_equal(response.ids, one[0].ids)
         assert response.ended == one[0].ended
         assert value == measured["sum"][0]
-
-
-def test_memory_is_told_once_for_the_widest_prompts_before_they_are_sampled(
-    sampler, monkeypatch, capsys
-):
-    monkeypatch.setattr(widths, "WIDTH_STEP", 2)
-    key, params = jax.random.key(1), sampler.model.params
-    told = []
-    for prompts in (["a"], ["b"], ["abc"], ["c"]):
-        sampler(params, prompts, key)
-        told.append(capsys.readouterr().err.count("collect: "))
-    assert told == [1, 0, 1, 0]
-    monkeypatch.setattr(room, "device_limit", lambda _: 10_000)
-    monkeypatch.setattr(sampler, "_generate", None)  # which is not reached
-    with pytest.raises(room.MemoryLimitError, match="^collect: .* is needed"):
-        sampler(params, ["abcdefg"], key)
