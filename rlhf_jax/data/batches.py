@@ -189,7 +189,7 @@ def ranking_batches(
         shard: (index, count) of this process.
 
     Raises:
-        DataError: a ranking has more than K responses, or no ranking is left.
+        DataError: a ranking has more than num_responses, or no ranking is left.
     """
     _check_any("rankings", rankings)
     prompts = [format.encode_prompt(tokenizer, r.prompt) for r in rankings]

@@ -100,7 +100,7 @@ def sample_responses(
         )
     gpt, sft = models["gpt_few_shot"], models["sft"]
     few_shot = Sampler(gpt, cfg.sampling, cfg.few_shot_len, cfg.batch_size, ctx)
-    turns = cfg.min_responses  # at least so many of each prompt
+    turns = cfg.min_responses - 1  # about so many of all prompts, one is few-shot's
     plain = Sampler(sft, cfg.sampling, cfg.prompt_len, cfg.batch_size, ctx, turns)
     given = [gpt.format.few_shot_prompt(examples, text) for text in prompts]
     width = max(few_shot.width(given), plain.width(prompts))

@@ -37,7 +37,13 @@ from rlhf_jax.stages.pretrain import (
     heldout_rows,
     make_heldout_loss,
 )
-from rlhf_jax.stages.sampler import Sampler, fitting, make_kl, reward_measure
+from rlhf_jax.stages.sampler import (
+    Sampler,
+    fitting,
+    make_kl,
+    prompt_lengths,
+    reward_measure,
+)
 from rlhf_jax.training import memory
 from rlhf_jax.training.activations import on_accelerator
 from rlhf_jax.training.loop import run_loop
@@ -56,8 +62,8 @@ def make_inputs(
 ) -> tuple[Any, int]:
     """Step -> this process's rows of `PPOInputs`, and how many prompts are too long."""
     records = ctx.inputs.read("ppo_prompts", "train")
-    encode = functools.partial(reference.format.encode_prompt, reference.tokenizer)
-    lengths = [len(encode(records[i].prompt)) for i in range(len(records))]
+    texts = [records[i].prompt for i in range(len(records))]
+    lengths = prompt_lengths(texts, reference)
     advice = advise_width(lengths, cfg.prompt_len, f"{name}.prompt_len")
     if advice and jax.process_index() == 0:
         print(f"{name}: {advice}", file=sys.stderr)

@@ -96,9 +96,14 @@ class Sampler:
             Responses, and each measure as an array, in the order of the prompts.
 
         Raises:
-            DataError: if a prompt is longer than prompt_len.
+            DataError: if there are none, or one is longer than prompt_len.
         """
-        lengths = self._lengths(prompts)
+        if not prompts:
+            raise DataError(
+                f"there is no prompt of at most {self._prompt_len} tokens to sample "
+                "from; raise prompt_len or give others"
+            )
+        lengths = prompt_lengths(prompts, self.model)
         num_long = sum(n > self._prompt_len for n in lengths)
         if num_long:
             raise DataError(
@@ -145,11 +150,7 @@ class Sampler:
 
     def width(self, prompts: Sequence[str]) -> int:
         """Columns of the widest batch of these prompts, P."""
-        return fitted_width(self._lengths(prompts), self._prompt_len)
-
-    def _lengths(self, prompts: Sequence[str]) -> list[int]:
-        encode = self.model.format.encode_prompt
-        return [len(encode(self.model.tokenizer, prompt)) for prompt in prompts]
+        return fitted_width(prompt_lengths(prompts, self.model), self._prompt_len)
 
     def _batches(
         self, prompts: Sequence[str], groups: Sequence[np.ndarray]
@@ -193,10 +194,16 @@ def make_kl(
     return kl
 
 
+def prompt_lengths(prompts: Sequence[str], model: Model) -> list[int]:
+    """Tokens of each prompt, [N], with what the model's format puts around it."""
+    encode = model.format.encode_prompt
+    return [len(encode(model.tokenizer, prompt)) for prompt in prompts]
+
+
 def fitting(prompts: list[str], model: Model, prompt_len: int) -> list[str]:
-    """The prompts that fit; how many did not is told."""
-    ids = (model.format.encode_prompt(model.tokenizer, p) for p in prompts)
-    kept = [p for p, x in zip(prompts, ids, strict=True) if len(x) <= prompt_len]
+    """The prompts of at most prompt_len tokens; how many have more is told."""
+    lengths = prompt_lengths(prompts, model)
+    kept = [p for p, n in zip(prompts, lengths, strict=True) if n <= prompt_len]
     if len(kept) < len(prompts):
         print(f"{len(prompts) - len(kept)} prompts over {prompt_len} tokens left out")
     return kept

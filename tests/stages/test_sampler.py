@@ -12,6 +12,7 @@ from letters import FORM, LETTERS
 from meshes import some_devices
 
 from rlhf_jax.data import widths
+from rlhf_jax.data.records import DataError
 from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.sampler import Sampler
 
@@ -63,3 +64,8 @@ def test_groups_of_prompts_give_the_samples_of_each_prompt_alone(sampler, monkey
         np.testing.assert_array_equal(response.ids, one[0].ids)
         assert response.ended == one[0].ended
         assert value == measured["sum"][0]
+
+
+def test_no_prompts_are_an_error_that_names_the_limit(sampler):
+    with pytest.raises(DataError, match="no prompt of at most 8 tokens"):
+        sampler(sampler.model.params, [], jax.random.key(0))
