@@ -8,6 +8,7 @@ from rlhf_jax.data.inputs import FilesConfig
 from rlhf_jax.data.simulation import SimulationConfig
 from rlhf_jax.data.sources import DataError
 from rlhf_jax.stages.collect import CollectConfig
+from rlhf_jax.stages.common import check_seed
 from rlhf_jax.stages.evaluate import EvaluateConfig
 from rlhf_jax.stages.ppo_state import PPOConfig
 from rlhf_jax.stages.pretrain import PretrainConfig, TokenizerConfig
@@ -86,8 +87,7 @@ class InstructGPT:
         ranked = self.collect.ranked
         if ranked is not None and not ranked.is_file():
             raise DataError(f"collect.ranked: {ranked} is no file; mend the path")
-        if not 0 <= self.seed < 2**32:  # jax.random.key would drop the upper bits
-            raise DataError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
+        check_seed(self.seed)
         try:
             data, fsdp, _ = self.mesh.shape(num_devices)
         except ValueError as error:

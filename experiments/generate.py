@@ -16,7 +16,7 @@ import tyro
 from rlhf_jax.data.batches import prompt_batches
 from rlhf_jax.data.sources import DataError, Prompt
 from rlhf_jax.nn.sampling import Sampling, generate
-from rlhf_jax.stages.common import load_model
+from rlhf_jax.stages.common import check_seed, load_model
 from rlhf_jax.training.checkpoint import CheckpointError
 from rlhf_jax.training.mesh import MeshConfig, jit_measure
 from rlhf_jax.training.run_dir import RunDirError, StageDir
@@ -40,6 +40,7 @@ class Generate:
 
 def main(cfg: Generate) -> None:
     """Prints responses until the prompts end."""
+    check_seed(cfg.seed)
     mesh = MeshConfig().make()
     model = load_model(StageDir(cfg.source), mesh, "language_model")
     tokenizer = model.tokenizer

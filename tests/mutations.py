@@ -64,6 +64,7 @@ _T_SAMPLING = "nn/test_sampling.py"
 _T_TRANSFORMER = "nn/test_transformer.py"
 _T_CHECKPOINT = "training/test_checkpoint.py"
 _T_BATCHES = "data/test_batches.py"
+_T_SFT = "stages/test_sft.py"
 
 MUTATIONS = (
     Mutation(
@@ -601,23 +602,51 @@ MUTATIONS = (
     Mutation(
         "targets that are not shifted",
         _BATCHES,
-        "targets[row, :length] = ids[1:]",
-        "targets[row, :length] = ids[:-1]",
+        "targets[row, begin:end] = ids[1:]",
+        "targets[row, begin:end] = ids[:-1]",
         _T_BATCHES,
     ),
     Mutation(
         "the first response token is not learned",
         _BATCHES,
-        'first = [len(prompts[i]) - 1 if loss_on == "response" else 0 for i in kept]',
-        'first = [len(prompts[i]) if loss_on == "response" else 0 for i in kept]',
+        "0 if on_all else len(prompts[i]) - 1",
+        "0 if on_all else len(prompts[i])",
         _T_BATCHES,
     ),
     Mutation(
         "weights over this process's rows only",
         _BATCHES,
-        "1.0 / counts[batch].sum()\n        return _token_batch(rows, starts[m",
-        "1.0 / counts[mine].sum()\n        return _token_batch(rows, starts[m",
+        "1.0 / counts[batch].sum()\n        shared",
+        "1.0 / counts[mine].sum()\n        shared",
         _T_BATCHES,
+    ),
+    Mutation(
+        "demonstrations of a row read each other",
+        _BATCHES,
+        "documents[row, begin:] = number",
+        "documents[row, begin:] = 0",
+        f"{_T_BATCHES} {_T_SFT}",
+    ),
+    Mutation(
+        "the loss forgets which demonstration a token is of",
+        "rlhf_jax/stages/pretrain.py",
+        "forward(params, batch.tokens, model, key, batch.documents)",
+        "forward(params, batch.tokens, model, key)",
+        _T_SFT,
+    ),
+    Mutation(
+        "text beside shared rows is read as one document",
+        "rlhf_jax/stages/sft.py",
+        "begins = np.pad(parts[1].tokens[:, :-1] == end, ((0, 0), (1, 0)))",
+        "begins = np.zeros_like(parts[1].tokens)",
+        _T_SFT,
+    ),
+    Mutation(
+        "positions that do not begin anew",
+        _ATTENTION,
+        "return steps - jax.lax.cummax(jnp.where(begins, steps, 0), axis=1)",
+        "return steps",
+        "nn/test_attention.py",
     ),
     Mutation(
         "every process reads the same rows",

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax.data.batches import RankingBatch, TokenBatch
+from rlhf_jax.data.batches import TokenBatch
+from rlhf_jax.data.ranking_batches import RankingBatch
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.common import init_model

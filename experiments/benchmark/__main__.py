@@ -71,6 +71,7 @@ def cases(repeats: int, out: Path) -> dict[Group, list[Callable[[], list[Row]]]]
         "train": [
             lambda: training.train(8192, 1.3, repeats),
             lambda: training.train(50257, 1.7, repeats),
+            lambda: training.demonstrations(repeats),
         ],
         "head": [lambda: training.head(repeats)],
         "generate": [

@@ -60,13 +60,19 @@ def hf_generate(
     return out[:, ids.shape[1] :].cpu().numpy()
 
 
-def hf_update(model: Any, optimizer: Any, ids: Any, bfloat16: bool = False) -> float:
-    """Loss of ids [B, T + 1] before one update with gradients clipped to norm 1."""
+def hf_update(
+    model: Any, optimizer: Any, ids: Any, bfloat16: bool = False, targets: Any = None
+) -> float:
+    """Loss of ids [B, T + 1] before one update with gradients clipped to norm 1.
+
+    Targets [B, T] are those after each id unless given, with -100 where none counts.
+    """
     torch, _ = import_torch()
+    targets = ids[:, 1:] if targets is None else targets
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
         logits = model(ids[:, :-1], use_cache=False).logits.float()
         loss = torch.nn.functional.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1)
+            logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
         )
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

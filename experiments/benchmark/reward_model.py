@@ -9,7 +9,7 @@ import numpy as np
 from experiments.benchmark.peers import hf_gpt2, import_torch
 from experiments.benchmark.timing import Row, check_close, duel
 from experiments.benchmark.training import model_config
-from rlhf_jax.data.batches import RankingBatch
+from rlhf_jax.data.ranking_batches import RankingBatch
 from rlhf_jax.nn.heads import init_scalar_head, scalar_head
 from rlhf_jax.nn.transformer import forward, init_params
 from rlhf_jax.objectives.ranking import ranking_loss

@@ -1,6 +1,7 @@
 """Train steps: ours against transformers, and the head against full logits."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,9 @@ from experiments.benchmark.timing import (
     matmul_flops,
     seconds,
 )
-from rlhf_jax.data.batches import TokenBatch
+from rlhf_jax.data.batches import TokenBatch, demonstration_batches
+from rlhf_jax.data.prompts import PromptFormat
+from rlhf_jax.data.records import Demonstration
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.transformer import init_params
 from rlhf_jax.objectives import language_modeling
@@ -89,6 +92,105 @@ def train(vocab_size: int, goal: float, repeats: int) -> list[Row]:
     note += f" (PyTorch's: {theirs_at_best:.0f})"
     against = "transformers GPT-2, sdpa, fused AdamW"
     return [duel(case, ours, against, theirs, repeats, goal, note)]
+
+
+class _Bytes:
+    """Ids of a text: its UTF-8 bytes."""
+
+    pad_id = eos_id = 0
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+
+def demonstrations(repeats: int, vocab_size: int = 8192) -> list[Row]:
+    """Four updates on 32 demonstrations each, most of them short.
+
+    Lengths as of instructions and answers: lognormal of median 64, at most 511 tokens,
+    a third of them the prompt. Ours in rows that demonstrations share, against batches
+    that are each padded to their longest, and against ours with one a row.
+    """
+    torch, _ = import_torch()
+    size, limit, steps = 32, 512, 4
+    longest = limit - 1  # a line break stands after the prompt
+    cfg, rate = model_config(vocab_size), 1e-4
+    params = init_params(jax.random.key(0), cfg)
+    rng = np.random.default_rng(0)
+    lengths = np.exp(rng.normal(np.log(64), 0.8, size * steps)).astype(int)
+    lengths = lengths.clip(8, longest)
+    lengths[0] = longest
+    letters = rng.integers(97, 123, (size * steps, longest), np.uint8)
+    texts = [
+        row[:n].tobytes().decode() for row, n in zip(letters, lengths, strict=True)
+    ]
+    records = [
+        Demonstration(text[: len(text) // 3], text[len(text) // 3 :]) for text in texts
+    ]
+
+    tokenizer: Any = _Bytes()
+
+    def batches(num_epochs: int | None) -> list[TokenBatch]:
+        how = {"num_epochs": num_epochs, "seed": None}
+        made = demonstration_batches(
+            records,
+            tokenizer,
+            PromptFormat(),
+            size,
+            limit,
+            **how,
+        )
+        return [jax.tree.map(jnp.asarray, made(step)) for step in range(steps)]
+
+    opt = OptimizerConfig(learning_rate=rate, schedule="constant")
+    loss_fn = functools.partial(lm_loss, model=cfg)
+    step = jax.jit(make_train_step(loss_fn, opt, 1000))
+    scalars, initial = opt.scalars(), init_state(params, jax.random.key(1))
+
+    def ours(batches: list[TokenBatch]) -> jax.Array:
+        state, losses = initial, []
+        for batch in batches:
+            state, metrics = step(state, batch, scalars)
+            losses.append(metrics["loss"])
+        return jnp.stack(losses)
+
+    model = hf_gpt2(params, cfg).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
+    alone, shared = batches(None), batches(1)
+
+    def padded(batch: TokenBatch) -> tuple:
+        """To the longest of the batch, with -100 where there is no loss."""
+        targets = np.where(batch.weights > 0, batch.targets, -100)
+        width = np.flatnonzero((targets != -100).any(axis=0))[-1] + 1
+        ids = np.pad(np.asarray(batch.tokens)[:, :width], ((0, 0), (0, 1)))
+        made = (torch.tensor(x, dtype=torch.long) for x in (ids, targets[:, :width]))
+        return tuple(x.to(model.device) for x in made)
+
+    their_batches = [padded(batch) for batch in alone]
+
+    def theirs() -> list[float]:
+        return [
+            hf_update(model, optimizer, ids, targets=targets)
+            for ids, targets in their_batches
+        ]
+
+    case = "train/demonstrations"
+    first = theirs()
+    for name, made in (("", shared), (", one a row", alone)):
+        for mine, other in zip(ours(made), first, strict=True):
+            check_close(case + name, float(mine), other, rtol=1e-3)
+    rows, width = shared[0].tokens.shape
+    widths = [ids.shape[1] - 1 for ids, _ in their_batches]
+    note = f"32 in {rows} rows of {width} tokens, theirs {min(widths)} to {max(widths)}"
+    mine = lambda: ours(shared)  # noqa: E731
+    against = "transformers GPT-2, batches padded to their longest"
+    table = [duel(case, mine, against, theirs, repeats, note=note)]
+    against = "ours, one a row"
+    return table + [
+        duel("train/shared_rows", mine, against, lambda: ours(alone), repeats)
+    ]
 
 
 def head(repeats: int, vocab_size: int = 50257) -> list[Row]:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import flax.struct
 import numpy as np
 
+from rlhf_jax.data.packing import RowsOf, shared_rows
 from rlhf_jax.data.prompts import PromptFormat
-from rlhf_jax.data.records import DataError, Demonstration, Prompt, Ranking
+from rlhf_jax.data.records import DataError, Demonstration, Prompt
 from rlhf_jax.data.schedule import Batches, Shard
 from rlhf_jax.data.tokenizer import Tokenizer, tokenize_corpus
 from rlhf_jax.data.widths import fitted_width
@@ -32,22 +33,9 @@ class TokenBatch:
     """[B, T] int32, the token after each input."""
     weights: Array
     """[B, T] float32; sums to 1 over the global batch, 0 where nothing is learned."""
-
-
-@flax.struct.dataclass
-class RankingBatch:
-    """Prompts with K ranked responses each."""
-
-    prompts: Array
-    """[B, P] int32."""
-    prompt_lengths: Array
-    """[B] int32, at least 1."""
-    responses: Array
-    """[B, K, R] int32."""
-    response_lengths: Array
-    """[B, K] int32, end token included; 0 where absent."""
-    ranks: Array
-    """[B, K] int32; 1 is best, equal ranks tie, 0 is an absent response."""
+    documents: Array | None = None
+    """[B, T] int32, which of the sequences that share a row each token is of; None
+    where the model tells by itself."""
 
 
 @flax.struct.dataclass
@@ -98,10 +86,9 @@ def packed_batches(
     counts[-1] = len(ids) - 1 - (len(counts) - 1) * seq_len
 
     def make_batch(mine: np.ndarray, batch: np.ndarray, size: int) -> TokenBatch:
-        rows = [ids[i * seq_len : (i + 1) * seq_len + 1] for i in mine]
-        starts = np.zeros(len(rows), np.int64)
+        rows = [[(ids[i * seq_len : (i + 1) * seq_len + 1], 0)] for i in mine]
         weight = 1.0 / counts[batch].sum()
-        return _token_batch(rows, starts, size, seq_len, tokenizer.pad_id, weight)
+        return _token_batch(rows, size, seq_len, tokenizer.pad_id, weight)
 
     return Batches(make_batch, len(counts), batch_size, seed, shard)
 
@@ -115,19 +102,26 @@ def demonstration_batches(
     seed: int | None,
     loss_on: Literal["response", "all"] = "response",
     shard: Shard = (0, 1),
+    num_epochs: int | None = None,
+    width: int | None = None,
 ) -> Batches[TokenBatch]:
-    """Batches [B, T] of prompt, response and end token, one demonstration per row.
+    """Batches [B, T] of prompt, response and end token.
+
+    Demonstrations share rows, each read as if it stood alone, where that saves a
+    quarter of the rows of every batch; else each has its own.
 
     Args:
         demonstrations: those with more than seq_len + 1 tokens are dropped and counted.
         tokenizer: gives the ids.
         format: joins prompt and response.
-        batch_size: rows of the global batch, B.
-        seq_len: most tokens per row.
+        batch_size: demonstrations of the global batch.
+        seq_len: most tokens of a demonstration.
         seed: of the order; None reads in order.
         loss_on: which targets have weight: those of the response with its end token, or
             those of the prompt too.
         shard: (index, count) of this process.
+        num_epochs: how many will be read; None gives each demonstration its own row.
+        width: T, at least as the longest; None means `fitted_width`.
 
     Raises:
         DataError: no demonstration fits.
@@ -141,106 +135,29 @@ def demonstration_batches(
         np.concatenate([prompt, response, end])
         for prompt, response in zip(prompts, responses, strict=True)
     ]
-    lengths = [len(ids) - 1 for ids in joined]
-    kept = [i for i, length in enumerate(lengths) if length <= seq_len]
-    _check_some_left("demonstrations", kept, lengths, "seq_len", seq_len)
-    sequences = [joined[i] for i in kept]
+    all_lengths = [len(ids) - 1 for ids in joined]
+    kept = [i for i, length in enumerate(all_lengths) if length <= seq_len]
+    _check_some_left("demonstrations", kept, all_lengths, "seq_len", seq_len)
     # The first target of the response is read at the last token of the prompt.
-    first = [len(prompts[i]) - 1 if loss_on == "response" else 0 for i in kept]
-    starts = np.array(first, np.int64)
-    counts = np.array([len(ids) - 1 for ids in sequences]) - starts
-    width = fitted_width([lengths[i] for i in kept], seq_len)
+    on_all = loss_on == "all"
+    sequences = [(joined[i], 0 if on_all else len(prompts[i]) - 1) for i in kept]
+    lengths = np.array([len(ids) - 1 for ids, _ in sequences])
+    counts = lengths - np.array([start for _, start in sequences])
+    T = fitted_width(lengths, seq_len) if width is None else width
+    share: RowsOf | None = None
+    if num_epochs is not None:
+        share = shared_rows(lengths, T, batch_size, seed, num_epochs, shard)
 
     def make_batch(mine: np.ndarray, batch: np.ndarray, size: int) -> TokenBatch:
-        rows = [sequences[i] for i in mine]
+        rows = [[i] for i in mine] if share is None else share(batch)
+        size = size if share is None else len(rows)
+        read = [[sequences[i] for i in row] for row in rows]
         weight = 1.0 / counts[batch].sum()
-        return _token_batch(rows, starts[mine], size, width, tokenizer.pad_id, weight)
+        shared = share is not None
+        return _token_batch(read, size, T, tokenizer.pad_id, weight, shared)
 
     num_dropped = len(demonstrations) - len(kept)
     return Batches(make_batch, len(kept), batch_size, seed, shard, num_dropped)
-
-
-def ranking_batches(
-    rankings: Sequence[Ranking],
-    tokenizer: Tokenizer,
-    format: PromptFormat,
-    batch_size: int,
-    prompt_len: int,
-    response_len: int,
-    num_responses: int,
-    seed: int | None,
-    shard: Shard = (0, 1),
-) -> Batches[RankingBatch]:
-    """Batches of prompts with up to K ranked responses.
-
-    A response with more than response_len tokens is left out of its ranking; a ranking
-    is left out when its prompt has more than prompt_len tokens, or when no two of its
-    responses differ in rank. Both are counted. P, K and R are what the rest needs.
-
-    Args:
-        rankings: records.
-        tokenizer: gives the ids.
-        format: joins prompt and response.
-        batch_size: rows of the global batch, B.
-        prompt_len: longest prompt in tokens.
-        response_len: longest response in tokens with its end token.
-        num_responses: most responses of a ranking.
-        seed: of the order; None reads in order.
-        shard: (index, count) of this process.
-
-    Raises:
-        DataError: a ranking has more than num_responses, or no ranking is left.
-    """
-    _check_any("rankings", rankings)
-    prompts = [format.encode_prompt(tokenizer, r.prompt) for r in rankings]
-    kept = []
-    longest, num_dropped_responses = 0, 0
-    for i, (ranking, prompt) in enumerate(zip(rankings, prompts, strict=True)):
-        if len(ranking.responses) > num_responses:
-            raise DataError(
-                f"rankings: record {i} has {len(ranking.responses)} responses, more "
-                f"than num_responses {num_responses}. Raise num_responses."
-            )
-        encoded = [
-            format.encode_response(tokenizer, response, ended)
-            for response, ended in zip(ranking.responses, ranking.ended, strict=True)
-        ]
-        longest = max(longest, *(len(ids) for ids in encoded))
-        fitting = [
-            (ids, rank)
-            for ids, rank in zip(encoded, ranking.ranks, strict=True)
-            if len(ids) <= response_len
-        ]
-        num_dropped_responses += len(encoded) - len(fitting)
-        if len(prompt) <= prompt_len and len({rank for _, rank in fitting}) > 1:
-            kept.append((prompt, fitting))
-    if not kept:
-        raise DataError(
-            f"rankings: none of {len(rankings)} is left: prompts have up to "
-            f"{max(map(len, prompts))} tokens (prompt_len {prompt_len}), responses up "
-            f"to {longest} (response_len {response_len}), and two responses must "
-            "differ in rank. Raise prompt_len or response_len."
-        )
-
-    P = fitted_width([len(prompt) for prompt, _ in kept], prompt_len)
-    K = max(len(ranked) for _, ranked in kept)
-    R = fitted_width([len(x) for _, ranked in kept for x, _ in ranked], response_len)
-
-    def make_batch(mine: np.ndarray, _: np.ndarray, size: int) -> RankingBatch:
-        rows = [kept[i] for i in mine]
-        responses = np.full((size, K, R), tokenizer.pad_id, np.int32)
-        lengths, ranks = np.zeros((2, size, K), np.int32)
-        for row, (_, ranked) in enumerate(rows):
-            for k, (ids, rank) in enumerate(ranked):
-                responses[row, k, : len(ids)] = ids
-                lengths[row, k], ranks[row, k] = len(ids), rank
-        asked = _prompt_batch([p for p, _ in rows], size, P, tokenizer.pad_id)
-        return RankingBatch(
-            asked.prompts, asked.prompt_lengths, responses, lengths, ranks
-        )
-
-    counts = (len(rankings) - len(kept), num_dropped_responses)
-    return Batches(make_batch, len(kept), batch_size, seed, shard, *counts)
 
 
 def prompt_batches(
@@ -274,13 +191,14 @@ def prompt_batches(
 
     def make_batch(mine: np.ndarray, _: np.ndarray, size: int) -> PromptBatch:
         rows = [encoded[kept[i]] for i in mine]
-        return _prompt_batch(rows, size, P, tokenizer.pad_id)
+        return pad_prompts(rows, size, P, tokenizer.pad_id)
 
     num_dropped = len(prompts) - len(kept)
     return Batches(make_batch, len(kept), batch_size, seed, shard, num_dropped)
 
 
-def _check_any(what: str, records: Sequence[Any]) -> None:
+def check_any(what: str, records: Sequence[Any]) -> None:
+    """Raises DataError where there are no records."""
     if not records:
         raise DataError(f"{what}: there are none. Give at least one.")
 
@@ -288,7 +206,7 @@ def _check_any(what: str, records: Sequence[Any]) -> None:
 def _check_some_left(
     what: str, kept: list[int], lengths: list[int], field: str, limit: int
 ) -> None:
-    _check_any(what, lengths)
+    check_any(what, lengths)
     if not kept:
         raise DataError(
             f"{what}: all {len(lengths)} are longer than {field} {limit}: they have "
@@ -297,26 +215,34 @@ def _check_some_left(
 
 
 def _token_batch(
-    rows: list[np.ndarray],
-    starts: np.ndarray,
+    rows: list[list[tuple[np.ndarray, int]]],
     size: int,
     seq_len: int,
     pad_id: int,
     weight: float,
+    shared: bool = False,
 ) -> TokenBatch:
-    """Shifts and pads; targets from `starts` [rows] to the end of a row have weight."""
+    """Shifts and pads; each row holds sequences whose targets from a start on count.
+
+    Only where rows are `shared` does the batch tell its sequences apart.
+    """
     tokens = np.full((size, seq_len), pad_id, np.int32)
     targets = np.full((size, seq_len), pad_id, np.int32)
     weights = np.zeros((size, seq_len), np.float32)
-    for row, (ids, start) in enumerate(zip(rows, starts, strict=True)):
-        length = len(ids) - 1
-        tokens[row, :length] = ids[:-1]
-        targets[row, :length] = ids[1:]
-        weights[row, start:length] = weight
-    return TokenBatch(tokens, targets, weights)
+    documents = np.zeros((size, seq_len), np.int32)
+    for row, sequences in enumerate(rows):
+        begin = 0
+        for number, (ids, start) in enumerate(sequences):
+            end = begin + len(ids) - 1
+            tokens[row, begin:end] = ids[:-1]
+            targets[row, begin:end] = ids[1:]
+            weights[row, begin + start : end] = weight
+            documents[row, begin:] = number
+            begin = end
+    return TokenBatch(tokens, targets, weights, documents if shared else None)
 
 
-def _prompt_batch(
+def pad_prompts(
     rows: list[np.ndarray], size: int, prompt_len: int, pad_id: int
 ) -> PromptBatch:
     """Pads prompts; a padding row is one pad token, so that every length is >= 1."""

@@ -163,18 +163,26 @@ def causal_attention(
     return jnp.concatenate(parts, axis=1)
 
 
-def documents_and_positions(tokens: Array, end: int) -> tuple[Array, Array]:
-    """Which document each token of a packed row is of, and its place in it.
+def document_numbers(tokens: Array, end: int) -> Array:
+    """Which document each token of a packed row is of, from 0: int32, [B, T].
 
     Args:
         tokens: int32, [B, T].
         end: id that ends a document and is its last token.
-
-    Returns:
-        Numbers of documents and positions that begin anew at 0, int32 [B, T] each.
     """
-    steps = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     first = jnp.zeros_like(tokens[:, :1], bool)
     begins = jnp.concatenate([first, tokens[:, :-1] == end], axis=1)
-    starts = jax.lax.cummax(jnp.where(begins, steps, 0), axis=1)
-    return jnp.cumsum(begins, axis=1, dtype=jnp.int32), steps - starts
+    return jnp.cumsum(begins, axis=1, dtype=jnp.int32)
+
+
+def document_positions(documents: Array) -> Array:
+    """Places of tokens in their documents, from 0: int32, [B, T].
+
+    Args:
+        documents: numbers of documents, int32 [B, T]; each is in one piece.
+    """
+    steps = jnp.broadcast_to(jnp.arange(documents.shape[1])[None], documents.shape)
+    first = jnp.zeros_like(documents[:, :1], bool)
+    changes = documents[:, 1:] != documents[:, :-1]
+    begins = jnp.concatenate([first, changes], axis=1)
+    return steps - jax.lax.cummax(jnp.where(begins, steps, 0), axis=1)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from rlhf_jax.nn.attention import (
     causal_attention,
-    documents_and_positions,
+    document_numbers,
+    document_positions,
     full_precision,
 )
 from rlhf_jax.nn.config import TransformerConfig
@@ -286,7 +287,11 @@ def transformer(
 
 
 def forward(
-    params: Params, tokens: Array, cfg: TransformerConfig, key: Array | None = None
+    params: Params,
+    tokens: Array,
+    cfg: TransformerConfig,
+    key: Array | None = None,
+    documents: Array | None = None,
 ) -> Array:
     """Hidden states of right-padded sequences under causal attention.
 
@@ -296,6 +301,8 @@ def forward(
         cfg: shape of the model; with `document_end` a row may hold several documents,
             each of which is read as if it stood alone.
         key: of dropout; None turns it off.
+        documents: int32 [B, T], which document of its row each token is of, where
+            rows hold several and tokens do not tell; read as with `document_end`.
 
     Returns:
         [B, T, D]: position t has read tokens[..t], as far as they are of its document.
@@ -304,10 +311,12 @@ def forward(
     """
     chex.assert_rank(tokens, 2)
     check_length(tokens.shape[1], cfg)
-    if cfg.document_end is None:
+    if documents is None and cfg.document_end is not None:
+        documents = document_numbers(tokens, cfg.document_end)
+    if documents is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         return transformer(params, tokens, positions, causal_attention, cfg, key)
-    documents, positions = documents_and_positions(tokens, cfg.document_end)
+    positions = document_positions(documents)
     attend = functools.partial(causal_attention, documents=documents)
     return transformer(params, tokens, positions, attend, cfg, key)
 

@@ -10,6 +10,7 @@ import jax
 
 from rlhf_jax.data.inputs import Inputs
 from rlhf_jax.data.prompts import PromptFormat, check_same_format, check_same_tokenizer
+from rlhf_jax.data.records import DataError
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.heads import init_scalar_head
@@ -67,6 +68,12 @@ class Model:
     cfg: TransformerConfig
     tokenizer: Tokenizer
     format: PromptFormat
+
+
+def check_seed(seed: int) -> None:
+    """Raises DataError unless a seed has 32 bits; `jax.random.key` drops the others."""
+    if not 0 <= seed < 2**32:
+        raise DataError(f"seed must be from 0 to 2**32 - 1, got {seed}")
 
 
 def init_model(kind: Kind, key: jax.Array, cfg: TransformerConfig) -> Any:

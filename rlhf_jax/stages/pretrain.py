@@ -93,7 +93,7 @@ def lm_loss(
     Returns:
         Scalar in nats per token; no extras.
     """
-    hidden = forward(params, batch.tokens, model, key)
+    hidden = forward(params, batch.tokens, model, key, batch.documents)
     return next_token_head(hidden, params["embed"], batch.targets, batch.weights), {}
 
 
@@ -101,7 +101,7 @@ def sum_logprobs(
     params: Any, batch: TokenBatch, *, model: TransformerConfig
 ) -> tuple[Array, Array]:
     """Summed log-probability of weighted targets [B, T] in nats, and their number."""
-    hidden = forward(params, batch.tokens, model)
+    hidden = forward(params, batch.tokens, model, documents=batch.documents)
     logprobs, _ = token_logprobs(hidden, params["embed"], batch.targets, lambda x: x)
     mask = (batch.weights > 0).astype(jnp.float32)
     return masked_sum(logprobs, mask), jnp.sum(mask)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.data.batches import ranking_batches
 from rlhf_jax.data.inputs import cache_dir
+from rlhf_jax.data.ranking_batches import ranking_batches
 from rlhf_jax.data.sources import DataError, Demonstration, Ranking, Split, load
 from rlhf_jax.evaluation.rankings import ranking_report
 from rlhf_jax.objectives.ranking import ranking_accuracy

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from rlhf_jax.data.batches import RankingBatch, ranking_batches
+from rlhf_jax.data.ranking_batches import RankingBatch, ranking_batches
 from rlhf_jax.data.sources import DataError
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.heads import init_scalar_head

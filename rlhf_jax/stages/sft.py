@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from rlhf_jax.data.batches import Batches, TokenBatch, demonstration_batches
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.common import (
     Context,
+    Model,
     check_compatible,
     load_model,
     save_model,
@@ -83,25 +85,27 @@ def mixed_batches(
     demonstrations: Callable[[int], TokenBatch],
     pretraining: Callable[[int], TokenBatch],
     fraction: float,
+    document_end: int | None = None,
 ) -> Callable[[int], TokenBatch]:
     """Batches whose loss is (1 - fraction) L_demonstrations + fraction L_pretraining.
 
     Args:
-        demonstrations, pretraining: step -> rows [B, S], [B', T], S <= T, weights
-            summing to 1.
+        demonstrations, pretraining: step -> rows [B, T], [B', T], weights summing to 1.
         fraction: weight of the pre-training loss.
+        document_end: of the model; its text is read as in pre-training.
 
     Returns:
         step -> rows [B + B', T], weights summing to 1.
     """
+    no_id = -1
 
     def batch(step: int) -> TokenBatch:
-        parts = (demonstrations(step), pretraining(step))
-        width = parts[1].tokens.shape[1]
-        parts = [  # what is added on the right has weight 0
-            jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, width - x.shape[1]))), part)
-            for part in parts
-        ]
+        parts = [demonstrations(step), pretraining(step)]
+        if parts[0].documents is not None:
+            end = no_id if document_end is None else document_end
+            begins = np.pad(parts[1].tokens[:, :-1] == end, ((0, 0), (1, 0)))
+            numbers = np.cumsum(begins, axis=1, dtype=np.int32)
+            parts[1] = parts[1].replace(documents=numbers)  # type: ignore
         scaled = [
             part.replace(weights=np.float32(w) * part.weights)  # type: ignore
             for part, w in zip(parts, (1.0 - fraction, fraction), strict=True)
@@ -109,6 +113,65 @@ def mixed_batches(
         return jax.tree.map(lambda *xs: np.concatenate(xs), *scaled)
 
     return batch
+
+
+def _demonstrations(
+    cfg: SFTConfig,
+    ctx: Context,
+    base: Model,
+    split: Literal["train", "valid"],
+    seed: int | None,
+    num_epochs: int,
+    width: int | None = None,
+) -> Batches[TokenBatch]:
+    return demonstration_batches(
+        ctx.inputs.read("demonstrations", split),
+        base.tokenizer,
+        base.format,
+        cfg.batch_size,
+        cfg.seq_len,
+        seed,
+        loss_on=cfg.loss_on,
+        shard=ctx.shard,
+        num_epochs=num_epochs,
+        width=width,
+    )
+
+
+def training_batches(
+    cfg: SFTConfig, ctx: Context, base: Model, name: str
+) -> tuple[Batches[TokenBatch], Callable[[int], TokenBatch]]:
+    """Demonstrations, and batches of them with what text is mixed in.
+
+    Says so where demonstrations share rows.
+
+    Args:
+        cfg: of the stage.
+        ctx: the run.
+        base: the pre-trained model.
+        name: of the stage.
+    """
+    mixed = cfg.num_pretrain_rows > 0
+    width = cfg.seq_len if mixed else None  # of the text beside them
+    seed = ctx.data_seed(name)
+    train = _demonstrations(cfg, ctx, base, "train", seed, cfg.num_epochs, width)
+    first = train(0)
+    if first.documents is not None and jax.process_index() == 0:
+        rows, length = len(first.tokens) * jax.process_count(), first.tokens.shape[1]
+        shared = f"{cfg.batch_size} demonstrations share {rows} rows"
+        print(f"{name}: {shared} of {length} tokens", file=sys.stderr)
+    if not mixed:
+        return train, train
+    text = corpus_batches(
+        ctx,
+        base.tokenizer,
+        "train",
+        cfg.num_pretrain_rows,
+        cfg.seq_len,
+        ctx.data_seed(f"{name}/pretrain"),
+    )
+    fraction, end = cfg.pretrain_fraction, base.cfg.document_end
+    return train, mixed_batches(train, text, fraction, end)
 
 
 def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
@@ -129,35 +192,13 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
     base = load_model(parent, ctx.mesh, "language_model")
     model = dataclasses.replace(base.cfg, dropout=cfg.dropout)
 
-    def batches_of(split: str, seed: int | None) -> Batches:
-        return demonstration_batches(
-            ctx.inputs.read("demonstrations", split),  # type: ignore[arg-type]
-            base.tokenizer,
-            base.format,
-            cfg.batch_size,
-            cfg.seq_len,
-            seed,
-            loss_on=cfg.loss_on,
-            shard=ctx.shard,
-        )
-
-    train, valid = batches_of("train", ctx.data_seed(name)), batches_of("valid", None)
-    batches: Callable[[int], TokenBatch] = train
-    if cfg.num_pretrain_rows:
-        text = corpus_batches(
-            ctx,
-            base.tokenizer,
-            "train",
-            cfg.num_pretrain_rows,
-            cfg.seq_len,
-            ctx.data_seed(f"{name}/pretrain"),
-        )
-        batches = mixed_batches(train, text, cfg.pretrain_fraction)
-    row = text_row(batches(0).tokens.shape[1], on_accelerator())
-    batch = (cfg.batch_size + cfg.num_pretrain_rows, cfg.num_microbatches)
-    lengths = (f"{name}.seq_len",)
-    require_room_to_train(name, model, row, *batch, lengths, ctx.mesh)
+    train, batches = training_batches(cfg, ctx, base, name)
+    valid = _demonstrations(cfg, ctx, base, "valid", None, 1)
     multiple = num_local_shards(ctx.mesh) * cfg.num_microbatches
+    rows, length = pad_rows(batches(0), multiple).tokens.shape
+    batch = (rows * jax.process_count(), cfg.num_microbatches)
+    row, lengths = text_row(length, on_accelerator()), (f"{name}.seq_len",)
+    require_room_to_train(name, model, row, *batch, lengths, ctx.mesh)
     heldout_loss = make_heldout_loss(base.cfg, valid, ctx.mesh)
     num_steps = cfg.num_epochs * train.steps_per_epoch
 

@@ -10,9 +10,9 @@ from rlhf_jax.data.batches import (
     demonstration_batches,
     packed_batches,
     prompt_batches,
-    ranking_batches,
 )
 from rlhf_jax.data.prompts import PromptFormat
+from rlhf_jax.data.ranking_batches import ranking_batches
 from rlhf_jax.data.records import DataError, Demonstration, Prompt, Ranking
 
 FORM = PromptFormat(prefix="", suffix=":", separator=" ")
@@ -85,7 +85,8 @@ KINDS = ["packed", "demonstrations", "rankings", "prompts"]
 
 
 def arrays(batch):
-    return {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    found = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    return {name: array for name, array in found.items() if array is not None}
 
 
 def assert_same(a, b):
@@ -265,6 +266,88 @@ def test_demonstrations_are_shifted_once_and_weigh_the_response():
     np.testing.assert_allclose(
         everything.weights, np.array([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]) / 8
     )
+
+
+def test_demonstrations_share_rows_and_each_is_there_as_if_alone():
+    records = [Demonstration("a_", "_c"), Demonstration("d", ""), Demonstration("", "")]
+    records += [Demonstration("f", "gh"), Demonstration("i", "j")]
+    how = {"num_epochs": 1, "loss_on": "response"}
+    batch = demonstration_batches(records, LETTERS, FORM, 5, 7, None, **how)(0)
+    # Tokens read of each: 5, 2, 1, 4, 3; the end of a response is a target alone.
+    rows = ["a_:_cd:", "f:ghi:j", ":......"]
+    targets = ["_:_c.:.", ":gh.:j.", "......."]
+    np.testing.assert_array_equal(batch.tokens, [ids(row) for row in rows])
+    np.testing.assert_array_equal(batch.targets, [ids(row) for row in targets])
+    np.testing.assert_array_equal(
+        batch.documents,
+        [[0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 1], [0] * 7],
+    )
+    on = [[0, 0, 1, 1, 1, 0, 1], [0, 1, 1, 1, 0, 1, 1], [1, 0, 0, 0, 0, 0, 0]]
+    np.testing.assert_allclose(batch.weights, np.array(on) / 10, rtol=1e-6)
+
+
+def sequences(batch):
+    """What the documents of a batch hold: tokens, targets and weights of each."""
+    found = []
+    for row in range(len(batch.tokens)):
+        numbers = batch.documents[row]
+        length = np.flatnonzero(batch.weights[row])[-1:] + 1  # the rest is padding
+        for number in np.unique(numbers[: int(length.sum())]):
+            at = np.flatnonzero(numbers == number)
+            parts = [x[row, at] for x in (batch.tokens, batch.targets, batch.weights)]
+            end = np.flatnonzero(parts[2])[-1] + 1
+            found.append(tuple(tuple(part[:end].tolist()) for part in parts))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("seed", [3, None])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_batches_of_shared_rows_have_one_shape_and_lose_nothing(seed, processes):
+    rng = np.random.default_rng(0)
+    records = [
+        Demonstration("a" * n, "b" * m) for n, m in rng.integers(0, 12, (50, 2))
+    ] + [Demonstration("c" * 40, "d")]
+    epochs = 3 if seed is not None else 1
+    how = {"loss_on": "response", "width": 45}
+    alone = demonstration_batches(records, LETTERS, FORM, 8, 60, seed, **how)
+    parts = [
+        demonstration_batches(
+            records,
+            LETTERS,
+            FORM,
+            8,
+            60,
+            seed,
+            shard=(p, processes),
+            num_epochs=epochs,
+            **how,
+        )
+        for p in range(processes)
+    ]
+    shapes = set()
+    for step in range(epochs * alone.steps_per_epoch):
+        made = [part(step) for part in parts]
+        shapes |= {batch.tokens.shape for batch in made}
+        whole = type(made[0])(
+            *(
+                np.concatenate([arrays(b)[name] for b in made])
+                for name in arrays(made[0])
+            )
+        )
+        expected = alone(step)
+        numbers = np.zeros_like(expected.tokens)
+        assert sequences(whole) == sequences(expected.replace(documents=numbers))
+    ((rows, width),) = shapes
+    assert width == 45 and rows * processes <= 6
+
+
+def test_demonstrations_that_save_no_quarter_of_the_rows_stay_alone():
+    records = [Demonstration("a" * 20, "b")] * 3 + [Demonstration("a", "b")]
+    made = demonstration_batches(records, LETTERS, FORM, 4, 30, None, num_epochs=1)
+    assert made(0).documents is not None  # three of four rows
+    records[3] = records[0]
+    made = demonstration_batches(records, LETTERS, FORM, 4, 30, None, num_epochs=1)
+    assert made(0).documents is None and len(made(0).tokens) == 4
 
 
 def test_the_longest_demonstration_that_fits_is_kept_and_longer_ones_counted():

@@ -6,11 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from letters import FORM, LETTERS
 
-from rlhf_jax.data.batches import (
-    demonstration_batches,
-    prompt_batches,
-    ranking_batches,
-)
+from rlhf_jax.data.batches import demonstration_batches, prompt_batches
+from rlhf_jax.data.ranking_batches import ranking_batches
 from rlhf_jax.data.records import Demonstration, Prompt, Ranking
 from rlhf_jax.data.widths import advise_width, fitted_width, width_bounds, width_groups
 

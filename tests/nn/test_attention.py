@@ -9,7 +9,7 @@ import oracle
 import pytest
 
 from rlhf_jax.nn import attention, responses
-from rlhf_jax.nn.attention import documents_and_positions
+from rlhf_jax.nn.attention import document_numbers, document_positions
 from rlhf_jax.nn.responses import forward_responses, last_response_states
 from rlhf_jax.nn.transformer import forward
 
@@ -18,7 +18,8 @@ NORMS = ["pre", "post"]
 
 def test_documents_are_numbered_and_positions_begin_anew(mode):
     tokens = np.array([[5, 7, 3, 3, 1, 3], [3, 2, 2, 3, 3, 8]], np.int32)
-    documents, positions = mode(lambda x: documents_and_positions(x, 3))(tokens)
+    documents = mode(lambda x: document_numbers(x, 3))(tokens)
+    positions = mode(document_positions)(documents)
     np.testing.assert_array_equal(documents, [[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 2, 3]])
     np.testing.assert_array_equal(positions, [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 0, 0]])
 
@@ -34,6 +35,23 @@ def test_packed_documents_have_the_states_they_have_alone(
     packed = np.array([sum(documents, [])], np.int32)
     states = mode(lambda params, tokens: forward(params, tokens, cfg))(params, packed)
     alone = [oracle.hidden_states(params, np.array(d), norm) for d in documents]
+    np.testing.assert_allclose(states[0], np.concatenate(alone), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("document_end", [None, 9])
+def test_documents_are_read_as_given_where_tokens_do_not_tell(
+    mode, tiny, random_params, document_end
+):
+    """Also where the model would find ends of its own (9) in them."""
+    cfg = tiny(document_end=document_end)
+    params = random_params(cfg)
+    pieces = [[5, 7, 3], [3], [1, 1, 9, 4, 3]]
+    packed = np.array([sum(pieces, [])], np.int32)
+    numbers = np.array([[0, 0, 0, 1, 2, 2, 2, 2, 2]], np.int32)
+    states = mode(lambda p, x, d: forward(p, x, cfg, documents=d))(
+        params, packed, numbers
+    )
+    alone = [oracle.hidden_states(params, np.array(d), "pre") for d in pieces]
     np.testing.assert_allclose(states[0], np.concatenate(alone), atol=1e-5, rtol=1e-5)
 
 

@@ -10,7 +10,8 @@ import optax
 import ppo_case as case
 import pytest
 
-from rlhf_jax.data.batches import RankingBatch, TokenBatch
+from rlhf_jax.data.batches import TokenBatch
+from rlhf_jax.data.ranking_batches import RankingBatch
 from rlhf_jax.objectives.masking import normalize_weights
 from rlhf_jax.stages.ppo_loss import ppo_loss
 from rlhf_jax.stages.pretrain import lm_loss

@@ -13,7 +13,7 @@ import pytest
 from letters import FORM, LETTERS
 from meshes import one_update
 
-from rlhf_jax.data.batches import RankingBatch, ranking_batches
+from rlhf_jax.data.ranking_batches import RankingBatch, ranking_batches
 from rlhf_jax.data.records import DataError, Demonstration, Ranking
 from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.rankings import (

@@ -20,11 +20,18 @@ from rlhf_jax.stages.sft import SFTConfig, mixed_batches
 DEMONSTRATIONS = [Demonstration("ab", "cd"), Demonstration("f", "g")]
 
 
-def batch_of(demonstrations, loss_on="response"):
-    batch = demonstration_batches(
-        demonstrations, LETTERS, FORM, len(demonstrations), 7, None, loss_on
-    )(0)
-    return jax.tree.map(jnp.asarray, batch)
+SOME = [Demonstration("ab"[: i % 3], "cdefg"[: i % 2]) for i in range(6)]
+
+
+def batches_of(demonstrations, loss_on="response", num_epochs=None):
+    """All of them in one batch, 7 tokens a row."""
+    size = len(demonstrations)
+    how = {"loss_on": loss_on, "num_epochs": num_epochs}
+    return demonstration_batches(demonstrations, LETTERS, FORM, size, 7, None, **how)
+
+
+def batch_of(*args, **kwargs):
+    return jax.tree.map(jnp.asarray, batches_of(*args, **kwargs)(0))
 
 
 @functools.cache
@@ -46,6 +53,25 @@ def test_the_loss_is_the_mean_over_response_tokens_and_their_end():
         nll += [-float(logprobs[t, ids[t + 1]]) for t in range(first, len(ids) - 1)]
     assert len(nll) == 3 + 2
     np.testing.assert_allclose(loss, np.mean(nll), rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss_on", ["response", "all"])
+@pytest.mark.parametrize("document_end", [None, 0])
+def test_sharing_rows_changes_neither_the_loss_nor_its_gradient(loss_on, document_end):
+    model = dataclasses.replace(case.MODEL, document_end=document_end)
+    loss = case.compiled(
+        jax.value_and_grad(functools.partial(lm_loss, model=model), has_aux=True)
+    )
+    sums = case.compiled(functools.partial(sum_logprobs, model=model))
+    params, key = case.transformer(0), jax.random.key(0)
+    alone, shared = (batch_of(SOME, loss_on, epochs) for epochs in (None, 1))
+    assert (len(alone.tokens), len(shared.tokens)) == (6, 3)
+    (expected, _), expected_grad = loss(params, alone, key)
+    (found, _), grad = loss(params, shared, key)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    case.assert_trees_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
+    for a, b in zip(sums(params, shared), sums(params, alone), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
 def test_targets_of_the_prompt_carry_no_loss():
@@ -83,12 +109,8 @@ def text_batch(step, rows=3):
     return TokenBatch(tokens, tokens[:, ::-1].copy(), weights)
 
 
-@pytest.mark.parametrize("width", [5, 7])
-def test_mixing_weighs_both_losses_by_the_fraction(width):
-    """Also where the demonstrations are narrower than the text beside them."""
+def test_mixing_weighs_both_losses_by_the_fraction():
     demonstrations = jax.tree.map(np.asarray, batch_of(DEMONSTRATIONS))
-    assert not demonstrations.weights[:, width:].any()
-    demonstrations = jax.tree.map(lambda x: x[:, :width], demonstrations)
     mixed = mixed_batches(lambda step: demonstrations, text_batch, 0.25)(5)
     assert mixed.tokens.shape == (5, 7)
     np.testing.assert_allclose(mixed.weights.sum(), 1.0, rtol=1e-6)
@@ -104,6 +126,24 @@ def test_mixing_weighs_both_losses_by_the_fraction(width):
     np.testing.assert_allclose(both, 0.75 * first + 0.25 * second, rtol=1e-5)
 
 
+@pytest.mark.parametrize("document_end", [None, 3])
+def test_text_beside_rows_that_are_shared_is_read_as_in_pre_training(document_end):
+    model = dataclasses.replace(case.MODEL, document_end=document_end)
+    loss = case.compiled(functools.partial(lm_loss, model=model))
+    text = text_batch(5)
+    assert (text.tokens[:, 1:-1] == 3).any()  # ends of documents, if they are any
+    demonstrations = batches_of(SOME, num_epochs=1)(0)
+    assert demonstrations.documents is not None
+    mixed = mixed_batches(lambda step: demonstrations, text_batch, 0.25, document_end)
+    params, key = case.transformer(0), jax.random.key(0)
+    both, first, second = (
+        loss(params, jax.tree.map(jnp.asarray, batch), key)[0]
+        for batch in (mixed(5), demonstrations, text)
+    )
+    np.testing.assert_allclose(both, 0.75 * first + 0.25 * second, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize(
     "others",
     [
@@ -118,10 +158,14 @@ def test_mixing_weighs_both_losses_by_the_fraction(width):
     ],
     ids=["some", "more"],
 )
-def test_an_update_knows_neither_devices_nor_microbatches(others):
+def test_an_update_knows_neither_devices_nor_microbatches(others, share):
     """Rows of ragged responses beside rows of text."""
-    some = [Demonstration("ab"[: 1 + i % 2], "cdefg"[: 1 + i]) for i in range(5)]
-    demonstrations = jax.tree.map(np.asarray, batch_of(some))
+    ragged = [Demonstration("ab"[: 1 + i % 2], "cdefg"[: 1 + i]) for i in range(5)]
+    some = SOME[3:] + ragged if share else ragged  # fill the rows, or have their own
+    demonstrations = batches_of(some, num_epochs=1 if share else None)(0)
+    assert len(demonstrations.tokens) == 5 and share == (
+        demonstrations.documents is not None
+    )
     batch = mixed_batches(lambda step: demonstrations, text_batch, 0.25)(5)
     loss = functools.partial(lm_loss, model=case.MODEL)
     expected = one_update(loss, case.transformer(0), batch)
