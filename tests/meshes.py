@@ -18,9 +18,9 @@ def some_devices(data: int, fsdp: int, tensor: int = 1) -> jax.sharding.Mesh:
     return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
 
 
-def by_sizes(shape: tuple[int, ...] | str) -> str:
-    """Name of a test on a mesh, e.g. 2x1x2."""
-    return shape if isinstance(shape, str) else "x".join(map(str, shape))
+def by_sizes(shape: tuple[int, ...] | str | int) -> str:
+    """Name of a test on a mesh, e.g. 2x1x2; of other parameters themselves."""
+    return "x".join(map(str, shape)) if isinstance(shape, tuple) else str(shape)
 
 
 def one_update(loss, params, batch, data=1, fsdp=1, tensor=1, num_microbatches=1):

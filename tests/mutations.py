@@ -55,6 +55,7 @@ _METRICS = "rlhf_jax/training/metrics.py"
 _CHECKPOINT = "rlhf_jax/training/checkpoint.py"
 _BATCHES = "rlhf_jax/data/batches.py"
 _SCHEDULE = "rlhf_jax/data/schedule.py"
+_PACKING = "rlhf_jax/data/packing.py"
 
 _T_PPO = "objectives/test_ppo.py"
 _T_ADVANTAGES = "objectives/test_advantages.py"
@@ -609,15 +610,15 @@ MUTATIONS = (
     Mutation(
         "the first response token is not learned",
         _BATCHES,
-        "0 if on_all else len(prompts[i]) - 1",
+        "0 if on_all else max(0, len(prompts[i]) - 1)",
         "0 if on_all else len(prompts[i])",
         _T_BATCHES,
     ),
     Mutation(
         "weights over this process's rows only",
         _BATCHES,
-        "1.0 / counts[batch].sum()\n        shared",
-        "1.0 / counts[mine].sum()\n        shared",
+        "1.0 / counts[batch].sum()\n        made",
+        "1.0 / counts[mine].sum()\n        made",
         _T_BATCHES,
     ),
     Mutation(
@@ -625,7 +626,7 @@ MUTATIONS = (
         _BATCHES,
         "documents[row, begin:] = number",
         "documents[row, begin:] = 0",
-        f"{_T_BATCHES} {_T_SFT}",
+        _T_BATCHES,
     ),
     Mutation(
         "the loss forgets which demonstration a token is of",
@@ -635,11 +636,32 @@ MUTATIONS = (
         _T_SFT,
     ),
     Mutation(
-        "text beside shared rows is read as one document",
-        "rlhf_jax/stages/sft.py",
-        "begins = np.pad(parts[1].tokens[:, :-1] == end, ((0, 0), (1, 0)))",
-        "begins = np.zeros_like(parts[1].tokens)",
-        _T_SFT,
+        "text beside shared rows is read across its documents",
+        _TRANSFORMER,
+        "documents = told if documents is None else told + documents",
+        "documents = told if documents is None else documents",
+        f"nn/test_attention.py {_T_SFT}",
+    ),
+    Mutation(
+        "the rows of the first epoch's fullest batch",
+        _PACKING,
+        "range(num_epochs * orders.steps_per_epoch)",
+        "range(orders.steps_per_epoch)",
+        "data/test_packing.py",
+    ),
+    Mutation(
+        "demonstrations sorted into rows by another seed's batches",
+        _PACKING,
+        "len(lengths), batch_size, seed)",
+        "len(lengths), batch_size, 0)",
+        "data/test_packing.py",
+    ),
+    Mutation(
+        "processes that hold a row too few",
+        _PACKING,
+        "num_mine = -(-fullest // count)",
+        "num_mine = max(1, fullest // count)",
+        "data/test_packing.py",
     ),
     Mutation(
         "positions that do not begin anew",

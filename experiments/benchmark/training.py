@@ -111,7 +111,8 @@ def demonstrations(repeats: int, vocab_size: int = 8192) -> list[Row]:
 
     Lengths as of instructions and answers: lognormal of median 64, at most 511 tokens,
     a third of them the prompt. Ours in rows that demonstrations share, against batches
-    that are each padded to their longest, and against ours with one a row.
+    in the same order that are each padded to their longest, and against ours with one
+    a row.
     """
     torch, _ = import_torch()
     size, limit, steps = 32, 512, 4
@@ -133,14 +134,14 @@ def demonstrations(repeats: int, vocab_size: int = 8192) -> list[Row]:
     tokenizer: Any = _Bytes()
 
     def batches(num_epochs: int | None) -> list[TokenBatch]:
-        how = {"num_epochs": num_epochs, "seed": None}
         made = demonstration_batches(
             records,
             tokenizer,
             PromptFormat(),
             size,
             limit,
-            **how,
+            seed=None,
+            num_epochs=num_epochs,
         )
         return [jax.tree.map(jnp.asarray, made(step)) for step in range(steps)]
 

@@ -87,8 +87,9 @@ def packed_batches(
 
     def make_batch(mine: np.ndarray, batch: np.ndarray, size: int) -> TokenBatch:
         rows = [[(ids[i * seq_len : (i + 1) * seq_len + 1], 0)] for i in mine]
+        rows += [[]] * (size - len(rows))
         weight = 1.0 / counts[batch].sum()
-        return _token_batch(rows, size, seq_len, tokenizer.pad_id, weight)
+        return _token_batch(rows, seq_len, tokenizer.pad_id, weight)
 
     return Batches(make_batch, len(counts), batch_size, seed, shard)
 
@@ -120,7 +121,8 @@ def demonstration_batches(
         loss_on: which targets have weight: those of the response with its end token, or
             those of the prompt too.
         shard: (index, count) of this process.
-        num_epochs: how many will be read; None gives each demonstration its own row.
+        num_epochs: how many will be read (1 in order), so that all batches can have
+            the rows of the fullest; None gives each demonstration its own row.
         width: T, at least as the longest; None means `fitted_width`.
 
     Raises:
@@ -140,21 +142,22 @@ def demonstration_batches(
     _check_some_left("demonstrations", kept, all_lengths, "seq_len", seq_len)
     # The first target of the response is read at the last token of the prompt.
     on_all = loss_on == "all"
-    sequences = [(joined[i], 0 if on_all else len(prompts[i]) - 1) for i in kept]
+    starts = [0 if on_all else max(0, len(prompts[i]) - 1) for i in kept]
+    sequences = [(joined[i], start) for i, start in zip(kept, starts, strict=True)]
     lengths = np.array([len(ids) - 1 for ids, _ in sequences])
-    counts = lengths - np.array([start for _, start in sequences])
+    counts = lengths - np.array(starts)
     T = fitted_width(lengths, seq_len) if width is None else width
     share: RowsOf | None = None
     if num_epochs is not None:
         share = shared_rows(lengths, T, batch_size, seed, num_epochs, shard)
 
     def make_batch(mine: np.ndarray, batch: np.ndarray, size: int) -> TokenBatch:
-        rows = [[i] for i in mine] if share is None else share(batch)
-        size = size if share is None else len(rows)
+        alone = [[i] for i in mine] + [[]] * (size - len(mine))
+        rows = share(batch) if share else alone
         read = [[sequences[i] for i in row] for row in rows]
         weight = 1.0 / counts[batch].sum()
-        shared = share is not None
-        return _token_batch(read, size, T, tokenizer.pad_id, weight, shared)
+        made = _token_batch(read, T, tokenizer.pad_id, weight)
+        return made.replace(documents=_documents(read, T)) if share else made  # type: ignore
 
     num_dropped = len(demonstrations) - len(kept)
     return Batches(make_batch, len(kept), batch_size, seed, shard, num_dropped)
@@ -215,31 +218,32 @@ def _check_some_left(
 
 
 def _token_batch(
-    rows: list[list[tuple[np.ndarray, int]]],
-    size: int,
-    seq_len: int,
-    pad_id: int,
-    weight: float,
-    shared: bool = False,
+    rows: list[list[tuple[np.ndarray, int]]], seq_len: int, pad_id: int, weight: float
 ) -> TokenBatch:
-    """Shifts and pads; each row holds sequences whose targets from a start on count.
-
-    Only where rows are `shared` does the batch tell its sequences apart.
-    """
-    tokens = np.full((size, seq_len), pad_id, np.int32)
-    targets = np.full((size, seq_len), pad_id, np.int32)
-    weights = np.zeros((size, seq_len), np.float32)
-    documents = np.zeros((size, seq_len), np.int32)
+    """Shifts and pads; each row holds sequences whose targets from a start on count."""
+    tokens = np.full((len(rows), seq_len), pad_id, np.int32)
+    targets = np.full((len(rows), seq_len), pad_id, np.int32)
+    weights = np.zeros((len(rows), seq_len), np.float32)
     for row, sequences in enumerate(rows):
         begin = 0
-        for number, (ids, start) in enumerate(sequences):
+        for ids, start in sequences:
             end = begin + len(ids) - 1
             tokens[row, begin:end] = ids[:-1]
             targets[row, begin:end] = ids[1:]
             weights[row, begin + start : end] = weight
-            documents[row, begin:] = number
             begin = end
-    return TokenBatch(tokens, targets, weights, documents if shared else None)
+    return TokenBatch(tokens, targets, weights)
+
+
+def _documents(rows: list[list[tuple[np.ndarray, int]]], seq_len: int) -> np.ndarray:
+    """Numbers of the sequences of `_token_batch`; padding is of the last one's."""
+    documents = np.zeros((len(rows), seq_len), np.int32)
+    for row, sequences in enumerate(rows):
+        begin = 0
+        for number, (ids, _) in enumerate(sequences):
+            documents[row, begin:] = number
+            begin += len(ids) - 1
+    return documents
 
 
 def pad_prompts(

@@ -43,20 +43,24 @@ def shared_rows(
 ) -> RowsOf | None:
     """How the sequences of each batch share rows: as many as the fullest batch needs.
 
-    Processes hold the rows of the whole batch in turn, so these are the same however
-    many processes there are; rows without a sequence come last.
+    Looks through all batches once: 0.4 ms each. Processes hold the rows of the whole
+    batch in turn, so these are the same however many processes there are; rows without
+    a sequence come last.
 
     Args:
         lengths: tokens of each sequence, [N].
         width: tokens of a row, T.
         batch_size: sequences of the global batch, B.
         seed: of their order, see `Batches`.
-        num_epochs: epochs to look through for the fullest batch.
+        num_epochs: that will be read.
         shard: (index, count) of this process.
 
     Returns:
         Sequences of the global batch -> those of each row of this process, equally many
         rows for every batch; None where not a quarter of B rows is saved.
+
+    Raises:
+        IndexError: by the result, for a batch of a later epoch with more rows.
     """
     orders = Batches(lambda mine, batch, size: batch, len(lengths), batch_size, seed)
     fullest = 0
@@ -69,6 +73,8 @@ def shared_rows(
 
     def rows_of(batch: np.ndarray) -> list[np.ndarray]:
         rows = [batch[row] for row in first_fit(lengths[batch], width)]
+        if len(rows) > num_mine * count:
+            raise IndexError(f"a batch of more rows than any of {num_epochs} epochs")
         rows += [batch[:0]] * (num_mine * count - len(rows))
         return rows[index * num_mine : (index + 1) * num_mine]
 

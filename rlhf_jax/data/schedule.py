@@ -3,7 +3,7 @@
 Row r = step * batch_size + i of an endless table is example `order[epoch][r mod N]`,
 where Grain gives the order of each epoch from the seed. There is no iterator state:
 to resume is to ask for the next step. Process p of n holds the rows
-`[p B / n, (p + 1) B / n)` of every global batch.
+`[p B / n, (p + 1) B / n)` of every global batch, unless examples share rows.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,8 @@ class Batches(Generic[BatchT]):
         Args:
             make_batch: makes the batch from the examples of this process's rows, those
                 of the global batch, and the number of this process's rows (the rows
-                beyond its examples are padding).
+                beyond its examples are padding). One that lays examples into shared
+                rows reads those of the global batch alone.
             num_examples: examples of an epoch.
             batch_size: rows of the global batch, B.
             seed: of the order; None reads in order.

@@ -56,13 +56,8 @@ def init_params(key: Array, cfg: TransformerConfig) -> Params:
     Source: Radford et al. 2019, section 2.3, and the released code (positions 0.01).
         The 1/sqrt(2L) of the residual layers is in the paper only.
     """
-    L, D, N, H, F = (
-        cfg.num_layers,
-        cfg.model_dim,
-        cfg.num_heads,
-        cfg.head_dim,
-        cfg.mlp_dim,
-    )
+    L, D, F = cfg.num_layers, cfg.model_dim, cfg.mlp_dim
+    N, H = cfg.num_heads, cfg.head_dim
     keys = iter(jax.random.split(key, 6))
 
     def normal(std, *shape):
@@ -301,8 +296,8 @@ def forward(
         cfg: shape of the model; with `document_end` a row may hold several documents,
             each of which is read as if it stood alone.
         key: of dropout; None turns it off.
-        documents: int32 [B, T], which document of its row each token is of, where
-            rows hold several and tokens do not tell; read as with `document_end`.
+        documents: int32 [B, T], rising numbers of what shares a row, read apart like
+            documents that `document_end` tells.
 
     Returns:
         [B, T, D]: position t has read tokens[..t], as far as they are of its document.
@@ -311,8 +306,9 @@ def forward(
     """
     chex.assert_rank(tokens, 2)
     check_length(tokens.shape[1], cfg)
-    if documents is None and cfg.document_end is not None:
-        documents = document_numbers(tokens, cfg.document_end)
+    if cfg.document_end is not None:
+        told = document_numbers(tokens, cfg.document_end)
+        documents = told if documents is None else told + documents
     if documents is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         return transformer(params, tokens, positions, causal_attention, cfg, key)

@@ -53,8 +53,9 @@ class SFTConfig:
     dropout: float = 0.2
     """Residual dropout (IG: 0.2)."""
     pretrain_fraction: float = 0.0
-    """Weight, and share of the rows, of pre-training text in each batch (IG: 0.1 for
-    the initialisation of PPO; whether by rows or tokens is not published)."""
+    """Weight of pre-training text in each batch, and its share of the examples, a row
+    of text beside a demonstration (IG: 0.1 for the initialisation of PPO; whether by
+    rows or tokens is not published)."""
     num_microbatches: int = 1
     """Sequential parts of each batch, to save memory."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9.65e-6)
@@ -85,27 +86,22 @@ def mixed_batches(
     demonstrations: Callable[[int], TokenBatch],
     pretraining: Callable[[int], TokenBatch],
     fraction: float,
-    document_end: int | None = None,
 ) -> Callable[[int], TokenBatch]:
     """Batches whose loss is (1 - fraction) L_demonstrations + fraction L_pretraining.
 
     Args:
         demonstrations, pretraining: step -> rows [B, T], [B', T], weights summing to 1.
         fraction: weight of the pre-training loss.
-        document_end: of the model; its text is read as in pre-training.
 
     Returns:
         step -> rows [B + B', T], weights summing to 1.
     """
-    no_id = -1
 
     def batch(step: int) -> TokenBatch:
         parts = [demonstrations(step), pretraining(step)]
         if parts[0].documents is not None:
-            end = no_id if document_end is None else document_end
-            begins = np.pad(parts[1].tokens[:, :-1] == end, ((0, 0), (1, 0)))
-            numbers = np.cumsum(begins, axis=1, dtype=np.int32)
-            parts[1] = parts[1].replace(documents=numbers)  # type: ignore
+            whole = np.zeros_like(parts[1].tokens)  # rows of text are not shared
+            parts[1] = parts[1].replace(documents=whole)  # type: ignore
         scaled = [
             part.replace(weights=np.float32(w) * part.weights)  # type: ignore
             for part, w in zip(parts, (1.0 - fraction, fraction), strict=True)
@@ -143,8 +139,6 @@ def training_batches(
 ) -> tuple[Batches[TokenBatch], Callable[[int], TokenBatch]]:
     """Demonstrations, and batches of them with what text is mixed in.
 
-    Says so where demonstrations share rows.
-
     Args:
         cfg: of the stage.
         ctx: the run.
@@ -155,11 +149,6 @@ def training_batches(
     width = cfg.seq_len if mixed else None  # of the text beside them
     seed = ctx.data_seed(name)
     train = _demonstrations(cfg, ctx, base, "train", seed, cfg.num_epochs, width)
-    first = train(0)
-    if first.documents is not None and jax.process_index() == 0:
-        rows, length = len(first.tokens) * jax.process_count(), first.tokens.shape[1]
-        shared = f"{cfg.batch_size} demonstrations share {rows} rows"
-        print(f"{name}: {shared} of {length} tokens", file=sys.stderr)
     if not mixed:
         return train, train
     text = corpus_batches(
@@ -170,8 +159,7 @@ def training_batches(
         cfg.seq_len,
         ctx.data_seed(f"{name}/pretrain"),
     )
-    fraction, end = cfg.pretrain_fraction, base.cfg.document_end
-    return train, mixed_batches(train, text, fraction, end)
+    return train, mixed_batches(train, text, cfg.pretrain_fraction)
 
 
 def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
@@ -195,8 +183,15 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
     train, batches = training_batches(cfg, ctx, base, name)
     valid = _demonstrations(cfg, ctx, base, "valid", None, 1)
     multiple = num_local_shards(ctx.mesh) * cfg.num_microbatches
-    rows, length = pad_rows(batches(0), multiple).tokens.shape
-    batch = (rows * jax.process_count(), cfg.num_microbatches)
+    first = pad_rows(batches(0), multiple)
+    rows, length = first.tokens.shape
+    rows *= jax.process_count()
+    if first.documents is not None and jax.process_index() == 0:
+        text = cfg.num_pretrain_rows
+        beside = f" beside {text} rows of text" if text else ""
+        held = f"{cfg.batch_size} demonstrations{beside} in {rows} rows"
+        print(f"{name}: {held} of {length} tokens", file=sys.stderr)
+    batch = (rows, cfg.num_microbatches)
     row, lengths = text_row(length, on_accelerator()), (f"{name}.seq_len",)
     require_room_to_train(name, model, row, *batch, lengths, ctx.mesh)
     heldout_loss = make_heldout_loss(base.cfg, valid, ctx.mesh)

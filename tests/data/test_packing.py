@@ -1,12 +1,14 @@
-"""Sequences share rows without loss, and in few rows."""
+"""Sequences share rows without loss, in as many rows as the fullest batch needs."""
 
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_jax.data.packing import first_fit, shared_rows
+from rlhf_jax.data.schedule import Batches
 
 SIZES = st.lists(st.integers(1, 10), min_size=1, max_size=60)
 
@@ -22,42 +24,40 @@ def test_every_sequence_is_in_one_row_and_no_row_is_too_full(lengths, width):
         assert before + lengths[rows[row][-1]] > width  # it had no room for the last
 
 
-def fewest_rows(lengths, width):
-    """Of all ways to assign sequences to rows, by trying them."""
-    for count in range(1, len(lengths) + 1):
-        for row_of in itertools.product(range(count), repeat=len(lengths)):
-            loads = np.bincount(row_of, weights=lengths, minlength=count)
-            if loads.max() <= width:
-                return count
-    raise AssertionError
+def test_the_longest_go_first():
+    """In the order given these would fill four rows, the first with 3 + 3 + 3."""
+    assert first_fit([3, 3, 3, 7, 7, 7], 10) == [[3, 0], [4, 1], [5, 2]]
 
 
-@given(st.lists(st.integers(1, 10), min_size=1, max_size=5), st.integers(10, 14))
-def test_rows_are_few(lengths, width):
-    """Dosa 2007: 11/9 of the fewest and 2/3 of a row more, at most."""
-    fewest = fewest_rows(lengths, width)
-    assert len(first_fit(lengths, width)) <= 11 / 9 * fewest + 2 / 3
+# Of three epochs of seven batches, only the second holds one that needs five rows.
+LENGTHS = np.random.default_rng(0).integers(1, 30, 50)
+WIDTH, SIZE, SEED, EPOCHS, FULLEST = 45, 8, 13, 3, 5
+ORDERS = Batches(lambda mine, batch, size: batch, len(LENGTHS), SIZE, SEED)
 
 
-def test_all_batches_have_the_rows_of_the_fullest():
-    lengths = np.array([1] * 30 + [9] * 10)
-    rows_of = shared_rows(lengths, 10, 8, 0, num_epochs=2)
+def test_the_fullest_batch_here_is_in_a_later_epoch():
+    steps = range(EPOCHS * ORDERS.steps_per_epoch)
+    needed = [len(first_fit(LENGTHS[ORDERS(step)], WIDTH)) for step in steps]
+    assert max(needed) == FULLEST and FULLEST not in needed[: ORDERS.steps_per_epoch]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_all_batches_have_the_rows_of_the_fullest_and_lose_nothing(processes):
+    shards = [(p, processes) for p in range(processes)]
+    of = [shared_rows(LENGTHS, WIDTH, SIZE, SEED, EPOCHS, shard) for shard in shards]
+    for step in range(EPOCHS * ORDERS.steps_per_epoch):
+        batch = ORDERS(step)
+        dealt = [rows_of(batch) for rows_of in of if rows_of is not None]
+        assert {len(rows) for rows in dealt} == {-(-FULLEST // processes)}
+        rows = [row.tolist() for part in dealt for row in part]
+        assert sorted(itertools.chain(*rows)) == sorted(batch.tolist())
+        alone = [batch[row].tolist() for row in first_fit(LENGTHS[batch], WIDTH)]
+        assert [row for row in rows if row] == alone  # whoever holds them
+
+
+def test_a_later_batch_with_more_rows_is_refused_not_cut():
+    rows_of = shared_rows(LENGTHS, WIDTH, SIZE, SEED, num_epochs=1)
     assert rows_of is not None
-    found = {len(rows_of(np.arange(at, at + 8))) for at in (0, 8, 16)}
-    assert len(found) == 1
-    assert [len(r) for r in rows_of(np.arange(8))] == [8] + [0] * (found.pop() - 1)
-
-
-def test_rows_do_not_depend_on_the_processes():
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 30, 100)
-    batch = rng.permutation(100)[:16]
-    whole = shared_rows(lengths, 64, 16, 0, 2)
-    assert whole is not None
-    filled = [row.tolist() for row in whole(batch) if len(row)]
-    for count in (2, 4, 8):
-        parts = [shared_rows(lengths, 64, 16, 0, 2, (p, count)) for p in range(count)]
-        dealt = [part(batch) for part in parts if part is not None]
-        assert len({len(rows) for rows in dealt}) == 1
-        together = [row.tolist() for rows in dealt for row in rows if len(row)]
-        assert together == filled
+    with pytest.raises(IndexError, match="more rows than any of 1 epochs"):
+        for step in range(EPOCHS * ORDERS.steps_per_epoch):
+            rows_of(ORDERS(step))

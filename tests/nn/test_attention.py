@@ -39,15 +39,16 @@ def test_packed_documents_have_the_states_they_have_alone(
 
 
 @pytest.mark.parametrize("document_end", [None, 9])
-def test_documents_are_read_as_given_where_tokens_do_not_tell(
+def test_what_shares_a_row_is_read_apart_with_its_documents(
     mode, tiny, random_params, document_end
 ):
-    """Also where the model would find ends of its own (9) in them."""
     cfg = tiny(document_end=document_end)
     params = random_params(cfg)
     pieces = [[5, 7, 3], [3], [1, 1, 9, 4, 3]]
     packed = np.array([sum(pieces, [])], np.int32)
     numbers = np.array([[0, 0, 0, 1, 2, 2, 2, 2, 2]], np.int32)
+    if document_end is not None:
+        pieces[2:] = [[1, 1, 9], [4, 3]]
     states = mode(lambda p, x, d: forward(p, x, cfg, documents=d))(
         params, packed, numbers
     )

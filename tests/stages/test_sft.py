@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ from meshes import one_update
 from rlhf_jax.data.batches import TokenBatch, demonstration_batches
 from rlhf_jax.data.records import Demonstration
 from rlhf_jax.nn.transformer import forward
+from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.pretrain import lm_loss, sum_logprobs
-from rlhf_jax.stages.sft import SFTConfig, mixed_batches
+from rlhf_jax.stages.sft import SFTConfig, mixed_batches, training_batches
 
 DEMONSTRATIONS = [Demonstration("ab", "cd"), Demonstration("f", "g")]
 
@@ -134,7 +136,7 @@ def test_text_beside_rows_that_are_shared_is_read_as_in_pre_training(document_en
     assert (text.tokens[:, 1:-1] == 3).any()  # ends of documents, if they are any
     demonstrations = batches_of(SOME, num_epochs=1)(0)
     assert demonstrations.documents is not None
-    mixed = mixed_batches(lambda step: demonstrations, text_batch, 0.25, document_end)
+    mixed = mixed_batches(lambda step: demonstrations, text_batch, 0.25)
     params, key = case.transformer(0), jax.random.key(0)
     both, first, second = (
         loss(params, jax.tree.map(jnp.asarray, batch), key)[0]
@@ -176,6 +178,25 @@ def test_an_update_knows_neither_devices_nor_microbatches(others, share):
             rtol=1e-4,
             atol=1e-5,
         )
+
+
+@pytest.mark.parametrize(("fraction", "shape"), [(0.0, (1, 64)), (0.25, (3, 100))])
+def test_the_stage_reads_shared_rows_as_wide_as_the_text_beside_them(
+    tmp_path, monkeypatch, fraction, shape
+):
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path))
+    data = {"demonstrations": SOME, "corpus": ["abcd" * 40, "efg" * 50]}
+    inputs = types.SimpleNamespace(read=lambda purpose, split: data[purpose])
+    ctx = Context(tmp_path, inputs, None, 0)  # type: ignore[arg-type]
+    base = Model("language_model", None, case.MODEL, LETTERS, FORM)  # type: ignore[arg-type]
+    cfg = SFTConfig(num_epochs=2, batch_size=6, seq_len=100, pretrain_fraction=fraction)
+    train, batches = training_batches(cfg, ctx, base, "sft")
+    assert (train.num_examples, train.steps_per_epoch) == (6, 1)
+    for step in range(2):
+        batch = batches(step)
+        assert batch.tokens.shape == shape
+        assert [len(set(row)) for row in batch.documents] == [6, 1, 1][: shape[0]]
+        np.testing.assert_allclose(batch.weights[1:].sum(), fraction, atol=1e-6)
 
 
 def test_mixing_asks_both_for_the_same_step():

@@ -185,12 +185,15 @@ def test_where_fsdp_cuts_weights_move_and_positions_meet(num_layers):
         assert found == ({(rows, T, 16)} if kind == "all-gather" else set()), kind
 
 
-@pytest.mark.parametrize("num_layers", [2, 6])  # written out, and a loop
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "num_layers"),  # layers written out, and a loop
     [
-        (1, 2, 2),
-        *(pytest.param(s, marks=pytest.mark.slow) for s in [(2, 2, 1), (2, 2, 2)]),
+        ((1, 2, 2), 2),
+        ((2, 2, 1), 6),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [((1, 2, 2), 6), ((2, 2, 1), 2), ((2, 2, 2), 2), ((2, 2, 2), 6)]
+        ),
     ],
     ids=by_sizes,
 )
