@@ -45,7 +45,7 @@ class SFTConfig:
     """Passes over the demonstrations (IG: 16; 2 for the initialisation of PPO), each of
     as many whole batches as hold them all."""
     batch_size: int = 32
-    """Demonstrations per update (IG: 32; 8 for 175B)."""
+    """Demonstrations per update, however many share a row (IG: 32; 8 for 175B)."""
     seq_len: int = 2048
     """Longest prompt + response in tokens (IG: 2048); longer ones are dropped."""
     loss_on: Literal["response", "all"] = "response"
@@ -53,11 +53,12 @@ class SFTConfig:
     dropout: float = 0.2
     """Residual dropout (IG: 0.2)."""
     pretrain_fraction: float = 0.0
-    """Weight of pre-training text in each batch, and its share of the examples, a row
-    of text beside a demonstration (IG: 0.1 for the initialisation of PPO; whether by
-    rows or tokens is not published)."""
+    """Weight of the loss on pre-training text; a row of it counts as a demonstration,
+    so 0.1 adds 4 rows to 32 (IG: 0.1 for the initialisation of PPO; by rows or by
+    tokens is not published)."""
     num_microbatches: int = 1
-    """Sequential parts of each batch, to save memory."""
+    """Sequential parts of each batch's rows, to save memory; short demonstrations share
+    rows, and parts beyond the rows cost time for nothing."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9.65e-6)
     """AdamW, cosine to 10 %, no warm-up (IG: 9.65e-6 for 1.3B and 6B)."""
     checkpoint_every: int = 200
@@ -188,7 +189,7 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
     rows *= jax.process_count()
     if first.documents is not None and jax.process_index() == 0:
         text = cfg.num_pretrain_rows
-        beside = f" beside {text} rows of text" if text else ""
+        beside = f" and {text} rows of text" if text else ""
         held = f"{cfg.batch_size} demonstrations{beside} in {rows} rows"
         print(f"{name}: {held} of {length} tokens", file=sys.stderr)
     batch = (rows, cfg.num_microbatches)

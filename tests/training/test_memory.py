@@ -121,6 +121,16 @@ def test_a_step_on_text(model, parts):
     assert_predicted(train_step(model, text_row(T, False), B, parts), found)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_layers", [4, 12])
+def test_a_step_on_rows_that_demonstrations_share(num_layers):
+    """Their documents add nothing to speak of."""
+    model = shape(num_layers, dropout=0.2)
+    batch = TokenBatch(ids(B, T), ids(B, T), floats(B, T), ids(B, T))  # type: ignore[arg-type]
+    found = allocated("language_model", lm_loss, model, batch, 1)
+    assert_predicted(train_step(model, text_row(T, False), B), found)
+
+
 @pytest.mark.parametrize(
     "model",
     [
