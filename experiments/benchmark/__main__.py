@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import tyro
@@ -128,8 +128,7 @@ def draw(rows: list[Row], path: Path) -> None:
         [row.high - row.ratio for row in rows],
     )
     beyond = [ratio - 1.0 for ratio in ratios]  # a slower one reaches to the left
-    bars: dict[str, Any] = {"color": "tab:blue", "height": 0.6, "capsize": 3}
-    axes.barh(places, beyond, left=1.0, xerr=spread, **bars)
+    axes.barh(places, beyond, 0.6, 1.0, xerr=spread, color="tab:blue", capsize=3)
     for place, row in zip(places, rows, strict=True):
         if row.goal is not None:
             axes.plot([row.goal] * 2, [place - 0.4, place + 0.4], color="black")

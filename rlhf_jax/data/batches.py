@@ -13,7 +13,7 @@ from typing import Any, Literal
 import flax.struct
 import numpy as np
 
-from rlhf_jax.data.packing import RowsOf, shared_rows
+from rlhf_jax.data.packing import shared_rows
 from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.records import DataError, Demonstration, Prompt
 from rlhf_jax.data.schedule import Batches, Shard
@@ -147,7 +147,7 @@ def demonstration_batches(
     lengths = np.array([len(ids) - 1 for ids, _ in sequences])
     counts = lengths - np.array(starts)
     T = fitted_width(lengths, seq_len) if width is None else width
-    share: RowsOf | None = None
+    share = None
     if num_epochs is not None:
         share = shared_rows(lengths, T, batch_size, seed, num_epochs, shard)
 

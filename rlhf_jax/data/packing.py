@@ -6,8 +6,6 @@ import numpy as np
 
 from rlhf_jax.data.schedule import Batches, Shard
 
-RowsOf = Callable[[np.ndarray], list[np.ndarray]]
-
 
 def first_fit(lengths: Sequence[int] | np.ndarray, width: int) -> list[list[int]]:
     """Puts sequences into rows: the longest first, each into the first with room.
@@ -40,12 +38,12 @@ def shared_rows(
     seed: int | None,
     num_epochs: int,
     shard: Shard = (0, 1),
-) -> RowsOf | None:
+) -> Callable[[np.ndarray], list[np.ndarray]] | None:
     """How the sequences of each batch share rows: as many as the fullest batch needs.
 
-    Looks through all batches once: 0.4 ms each. Processes hold the rows of the whole
-    batch in turn, so these are the same however many processes there are; rows without
-    a sequence come last.
+    Looks through all batches once: 0.4 ms for 32 sequences. Processes hold the rows of
+    the whole batch in turn, so these are the same however many processes there are;
+    rows without a sequence come last.
 
     Args:
         lengths: tokens of each sequence, [N].

@@ -145,6 +145,10 @@ def training_batches(
         ctx: the run.
         base: the pre-trained model.
         name: of the stage.
+
+    Returns:
+        step -> rows [B, T] of demonstrations; step -> these and rows of text, weights
+        summing to 1.
     """
     mixed = cfg.num_pretrain_rows > 0
     width = cfg.seq_len if mixed else None  # of the text beside them
