@@ -168,7 +168,8 @@ def _locked(run: Path) -> Iterator[None]:
 
 
 def _fail(text: str, cause: Exception) -> NoReturn:
+    # whole lines in one write: threads of Orbax may be in the middle of one of theirs
+    print(f"\n{text}\n", end="", file=sys.stderr, flush=True)
     if jax.process_count() > 1:  # an exit in order would wait for the others
-        print(text, file=sys.stderr, flush=True)
         os._exit(1)
-    raise SystemExit(text) from cause
+    raise SystemExit(1) from cause

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +144,27 @@ def test_a_preset_after_the_options_is_told_where_it_belongs() -> None:
         parse("experiments.ppo", "", ["cpu", "--seed=1", "smoke"])
     cfg = parse("experiments.ppo", "", ["smoke", "--run", "cpu"])
     assert cfg.run == Path("cpu")  # a value, though a preset has that name
+
+
+def test_an_error_begins_and_ends_a_line_whatever_other_threads_write(
+    tmp_path: Path,
+) -> None:
+    """Where a disk is full Orbax's threads still print: they may be within a line."""
+    program = (
+        "import sys\n"
+        "from experiments.run import main\n"
+        "from rlhf_jax.data.sources import DataError\n"
+        "def stages(cfg, context):\n"
+        "    sys.stderr.write('half a line')\n"
+        "    raise DataError('lost')\n"
+        "main('program', '', stages)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "smoke", "--run", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("half a line\nerror: lost\n"), done.stderr
