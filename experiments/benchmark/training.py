@@ -26,6 +26,7 @@ from rlhf_jax.data.records import Demonstration
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.transformer import init_params
 from rlhf_jax.objectives import language_modeling
+from rlhf_jax.stages.loss_positions import with_loss_positions
 from rlhf_jax.stages.pretrain import lm_loss
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.state import init_state
@@ -110,9 +111,9 @@ def demonstrations(repeats: int, vocab_size: int = 8192) -> list[Row]:
     """Four updates on 32 demonstrations each, most of them short.
 
     Lengths as of instructions and answers: lognormal of median 64, at most 511 tokens,
-    a third of them the prompt. Ours in rows that demonstrations share, against batches
-    in the same order that are each padded to their longest, and against ours with one
-    a row.
+    a third of them the prompt. Ours in rows that demonstrations share, the head where
+    the loss is, against batches in the same order that are each padded to their
+    longest, and against ours with one a row, and with the head at all positions.
     """
     torch, _ = import_torch()
     size, limit, steps = 32, 512, 4
@@ -133,7 +134,7 @@ def demonstrations(repeats: int, vocab_size: int = 8192) -> list[Row]:
 
     tokenizer: Any = _Bytes()
 
-    def batches(num_epochs: int | None) -> list[TokenBatch]:
+    def batches(num_epochs: int | None, named: bool = True) -> list[TokenBatch]:
         made = demonstration_batches(
             records,
             tokenizer,
@@ -143,7 +144,8 @@ def demonstrations(repeats: int, vocab_size: int = 8192) -> list[Row]:
             seed=None,
             num_epochs=num_epochs,
         )
-        return [jax.tree.map(jnp.asarray, made(step)) for step in range(steps)]
+        read = with_loss_positions(made, steps) if named else made
+        return [jax.tree.map(jnp.asarray, read(step)) for step in range(steps)]
 
     opt = OptimizerConfig(learning_rate=rate, schedule="constant")
     loss_fn = functools.partial(lm_loss, model=cfg)
@@ -159,7 +161,7 @@ def demonstrations(repeats: int, vocab_size: int = 8192) -> list[Row]:
 
     model = hf_gpt2(params, cfg).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
-    alone, shared = batches(None), batches(1)
+    alone, shared, everywhere = batches(None), batches(1), batches(1, named=False)
 
     def padded(batch: TokenBatch) -> tuple:
         """To the longest of the batch, with -100 where there is no loss."""
@@ -179,7 +181,8 @@ def demonstrations(repeats: int, vocab_size: int = 8192) -> list[Row]:
 
     case = "train/demonstrations"
     first = theirs()
-    for name, made in (("", shared), (", one a row", alone)):
+    variants = {"": shared, ", one a row": alone, ", head at all": everywhere}
+    for name, made in variants.items():
         for mine, other in zip(ours(made), first, strict=True):
             check_close(case + name, float(mine), other, rtol=1e-3)
     rows, width = shared[0].tokens.shape
@@ -188,10 +191,13 @@ def demonstrations(repeats: int, vocab_size: int = 8192) -> list[Row]:
     mine = lambda: ours(shared)  # noqa: E731
     against = "transformers GPT-2, batches padded to their longest"
     table = [duel(case, mine, against, theirs, repeats, note=note)]
-    against = "ours, one a row"
-    return table + [
-        duel("train/shared_rows", mine, against, lambda: ours(alone), repeats)
-    ]
+    for case, against, other in (
+        ("train/shared_rows", "ours, one a row", alone),
+        ("train/loss_positions", "ours, the head at all positions", everywhere),
+    ):
+        slower = functools.partial(ours, other)
+        table.append(duel(case, mine, against, slower, repeats))
+    return table
 
 
 def head(repeats: int, vocab_size: int = 50257) -> list[Row]:

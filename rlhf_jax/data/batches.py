@@ -36,6 +36,9 @@ class TokenBatch:
     documents: Array | None = None
     """[B, T] int32, which of the sequences that share a row each token is of; None
     where the model tells by itself."""
+    loss_positions: Array | None = None
+    """[G, S] int32, rising: where weights are not 0, of each of G parts of the rows,
+    joined to [B / G T]; filled up with others. None has the head computed at all."""
 
 
 @flax.struct.dataclass

@@ -18,6 +18,7 @@ from rlhf_jax.stages.common import (
     load_model,
     save_model,
 )
+from rlhf_jax.stages.loss_positions import with_loss_positions
 from rlhf_jax.stages.pretrain import corpus_batches, lm_loss, make_heldout_loss
 from rlhf_jax.stages.sampler import Sampler, fitting, reward_measure
 from rlhf_jax.training.activations import on_accelerator, text_row
@@ -187,8 +188,11 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
 
     train, batches = training_batches(cfg, ctx, base, name)
     valid = _demonstrations(cfg, ctx, base, "valid", None, 1)
-    multiple = num_local_shards(ctx.mesh) * cfg.num_microbatches
-    first = pad_rows(batches(0), multiple)
+    shards, parts = num_local_shards(ctx.mesh), cfg.num_microbatches
+    padded = lambda step: pad_rows(batches(step), shards * parts)  # noqa: E731
+    num_steps = cfg.num_epochs * train.steps_per_epoch
+    read = with_loss_positions(padded, num_steps, shards, parts)
+    first = read(0)
     rows, length = first.tokens.shape
     rows *= jax.process_count()
     if first.documents is not None and jax.process_index() == 0:
@@ -198,9 +202,11 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
         print(f"{name}: {held} of {length} tokens", file=sys.stderr)
     batch = (rows, cfg.num_microbatches)
     row, lengths = text_row(length, on_accelerator()), (f"{name}.seq_len",)
+    if (positions := first.loss_positions) is not None:
+        logits = -(-positions.size // len(first.tokens))
+        row = dataclasses.replace(row, logits=logits)
     require_room_to_train(name, model, row, *batch, lengths, ctx.mesh)
     heldout_loss = make_heldout_loss(base.cfg, valid, ctx.mesh)
-    num_steps = cfg.num_epochs * train.steps_per_epoch
 
     key = ctx.key(name)
     sharding = state_sharding(
@@ -229,7 +235,7 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
         step_fn=compiled,
         rest=(scalars,),
         state=state,
-        batches=lambda step: pad_rows(batches(step), multiple),
+        batches=read,
         num_steps=num_steps,
         mesh=ctx.mesh,
         grads_like=state.params,

@@ -14,6 +14,7 @@ from rlhf_jax.data.batches import TokenBatch
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.transformer import init_params
 from rlhf_jax.objectives import language_modeling
+from rlhf_jax.stages.loss_positions import with_loss_positions
 from rlhf_jax.stages.pretrain import lm_loss
 from rlhf_jax.training.mesh import jit_step, replicas, shard_batch, state_sharding
 from rlhf_jax.training.optimizers import OptimizerConfig
@@ -53,13 +54,16 @@ def collectives_in_loops(hlo: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def program(tiny, random_params):
-    """Text of a train step on 8 devices: two microbatches, the head in three chunks."""
+    """Text of a train step on 8 devices: two microbatches, the loss at three of six
+    positions, the head in three chunks."""
     model = tiny(vocab_size=16)
     params = random_params(model)
     ids = np.zeros((32, 7), np.int32)
-    weights = np.full((32, 6), 1 / 192, np.float32)
+    weights = np.tile(np.float32([0, 0, 0, 1, 1, 1]) / 96, (32, 1))
     mesh = some_devices(8, 1)
-    batch = shard_batch(mesh, TokenBatch(ids[:, :-1], ids[:, 1:], weights))
+    whole = TokenBatch(ids[:, :-1], ids[:, 1:], weights)
+    batch = shard_batch(mesh, with_loss_positions(lambda step: whole, 1, 8, 2)(0))
+    assert batch.loss_positions.shape == (16, 6)
 
     def compile_with(local: bool) -> str:
         opt = OptimizerConfig()
@@ -73,7 +77,7 @@ def program(tiny, random_params):
         return compiled.lower(state, batch, opt.scalars()).compile().as_text()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_modeling, "MAX_LOGITS", 2 * 2 * 16)  # rows, steps, V
+        patch.setattr(language_modeling, "MAX_LOGITS", 2 * 16)  # positions, V
         return {local: compile_with(local) for local in (True, False)}
 
 
@@ -86,6 +90,7 @@ def test_gradients_meet_once_and_after_all_loops(program):
 def test_left_to_the_compiler_they_meet_in_every_chunk(program):
     """What the mesh argument is for, and that the test above can fail."""
     assert collectives_in_loops(program[False])
+    assert set(COLLECTIVES.findall(program[False])) == {"all-reduce"}
 
 
 def shapes(hlo: str, kind: str) -> list[tuple[int, ...]]:

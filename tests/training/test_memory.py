@@ -124,11 +124,13 @@ def test_a_step_on_text(model, parts):
 @pytest.mark.slow
 @pytest.mark.parametrize("num_layers", [4, 12])
 def test_a_step_on_rows_that_demonstrations_share(num_layers):
-    """Their documents add nothing to speak of."""
+    """Their documents add nothing to speak of, nor do positions with a loss."""
     model = shape(num_layers, dropout=0.2)
-    batch = TokenBatch(ids(B, T), ids(B, T), floats(B, T), ids(B, T))  # type: ignore[arg-type]
+    positions = ids(1, B * T // 2)
+    batch = TokenBatch(ids(B, T), ids(B, T), floats(B, T), ids(B, T), positions)  # type: ignore[arg-type]
     found = allocated("language_model", lm_loss, model, batch, 1)
-    assert_predicted(train_step(model, text_row(T, False), B), found)
+    row = dataclasses.replace(text_row(T, False), logits=T // 2)
+    assert_predicted(train_step(model, row, B), found)
 
 
 @pytest.mark.parametrize(
