@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -168,8 +168,9 @@ def _locked(run: Path) -> Iterator[None]:
 
 
 def _fail(text: str, cause: Exception) -> NoReturn:
-    # whole lines in one write: threads of Orbax may be in the middle of one of theirs
-    print(f"\n{text}\n", end="", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the full disk may hold the log too
+        # whole lines in one write: threads of Orbax may be in the middle of theirs
+        print(f"\n{text}\n", end="", file=sys.stderr, flush=True)
     if jax.process_count() > 1:  # an exit in order would wait for the others
         os._exit(1)
     raise SystemExit(1) from cause

@@ -66,6 +66,8 @@ _T_TRANSFORMER = "nn/test_transformer.py"
 _T_CHECKPOINT = "training/test_checkpoint.py"
 _T_BATCHES = "data/test_batches.py"
 _T_SFT = "stages/test_sft.py"
+_T_LOSS_FIRST = "stages/test_loss_first.py"
+_T_LM = "objectives/test_language_modeling.py"
 
 MUTATIONS = (
     Mutation(
@@ -255,14 +257,14 @@ MUTATIONS = (
         _LM,
         "embedding_grad + grads[1]",
         "grads[1]",
-        "objectives/test_language_modeling.py",
+        _T_LM,
     ),
     Mutation(
         "entropy with the wrong sign",
         _LM,
         "normalizer - jnp.sum(weights * z, axis=-1) / total",
         "normalizer + jnp.sum(weights * z, axis=-1) / total",
-        "objectives/test_language_modeling.py",
+        _T_LM,
     ),
     Mutation(
         "attention to the next token",
@@ -479,7 +481,7 @@ MUTATIONS = (
         _LM,
         "return rows_grad, _product(grad.T, rows)",
         "return rows_grad, jnp.zeros_like(embedding)",
-        "objectives/test_language_modeling.py",
+        _T_LM,
     ),
     Mutation(
         "centring moves scores away from 0",
@@ -718,6 +720,41 @@ MUTATIONS = (
         "max(lengths, default=0)",
         "min(lengths, default=0)",
         "data/test_widths.py",
+    ),
+    Mutation(
+        "the head's order cut by devices, not by their microbatches",
+        _BATCHES,
+        "rows.swapaxes(1, 2).reshape(",
+        "rows.reshape(",
+        _T_LOSS_FIRST,
+    ),
+    Mutation(
+        "a stage that forgets its microbatches where it orders positions",
+        "rlhf_jax/stages/sft.py",
+        "put_loss_first(batch, shards, parts)",
+        "put_loss_first(batch, shards)",
+        _T_LOSS_FIRST,
+    ),
+    Mutation(
+        "the head as far as the part with the fewest losses needs",
+        _LM,
+        "count = jnp.max(jnp.sum(weights != 0, axis=1))",
+        "count = jnp.min(jnp.sum(weights != 0, axis=1))",
+        f"{_T_LM} {_T_LOSS_FIRST}",
+    ),
+    Mutation(
+        "the last chunk with a loss left out",
+        _LM,
+        "num = -(-count // xs[1].shape[2])",
+        "num = count // xs[1].shape[2]",
+        f"{_T_LM} {_T_LOSS_FIRST}",
+    ),
+    Mutation(
+        "devices that wait for each other in every chunk of the head",
+        _DEVICES,
+        "if any(x.shape[0] % shards for x in arrays):",
+        "if shards:",
+        "training/test_collectives.py",
     ),
     Mutation(
         "documents of a packed row that see each other",

@@ -20,13 +20,12 @@ from experiments.benchmark.timing import (
     matmul_flops,
     seconds,
 )
-from rlhf_jax.data.batches import TokenBatch, demonstration_batches
+from rlhf_jax.data.batches import TokenBatch, demonstration_batches, put_loss_first
 from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.records import Demonstration
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.transformer import init_params
 from rlhf_jax.objectives import language_modeling
-from rlhf_jax.stages.loss_positions import with_loss_positions
 from rlhf_jax.stages.pretrain import lm_loss
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.state import init_state
@@ -134,7 +133,7 @@ def demonstrations(repeats: int, vocab_size: int = 8192) -> list[Row]:
 
     tokenizer: Any = _Bytes()
 
-    def batches(num_epochs: int | None, named: bool = True) -> list[TokenBatch]:
+    def batches(num_epochs: int | None, ordered: bool = True) -> list[TokenBatch]:
         made = demonstration_batches(
             records,
             tokenizer,
@@ -144,8 +143,8 @@ def demonstrations(repeats: int, vocab_size: int = 8192) -> list[Row]:
             seed=None,
             num_epochs=num_epochs,
         )
-        read = with_loss_positions(made, steps) if named else made
-        return [jax.tree.map(jnp.asarray, read(step)) for step in range(steps)]
+        order = put_loss_first if ordered else lambda batch: batch
+        return [jax.tree.map(jnp.asarray, order(made(step))) for step in range(steps)]
 
     opt = OptimizerConfig(learning_rate=rate, schedule="constant")
     loss_fn = functools.partial(lm_loss, model=cfg)
@@ -161,7 +160,7 @@ def demonstrations(repeats: int, vocab_size: int = 8192) -> list[Row]:
 
     model = hf_gpt2(params, cfg).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
-    alone, shared, everywhere = batches(None), batches(1), batches(1, named=False)
+    alone, shared, everywhere = batches(None), batches(1), batches(1, ordered=False)
 
     def padded(batch: TokenBatch) -> tuple:
         """To the longest of the batch, with -100 where there is no loss."""
@@ -193,7 +192,7 @@ def demonstrations(repeats: int, vocab_size: int = 8192) -> list[Row]:
     table = [duel(case, mine, against, theirs, repeats, note=note)]
     for case, against, other in (
         ("train/shared_rows", "ours, one a row", alone),
-        ("train/loss_positions", "ours, the head at all positions", everywhere),
+        ("train/loss_first", "ours, the head at all positions", everywhere),
     ):
         slower = functools.partial(ours, other)
         table.append(duel(case, mine, against, slower, repeats))

@@ -36,9 +36,9 @@ class TokenBatch:
     documents: Array | None = None
     """[B, T] int32, which of the sequences that share a row each token is of; None
     where the model tells by itself."""
-    loss_positions: Array | None = None
-    """[G, S] int32, rising: where weights are not 0, of each of G parts of the rows,
-    joined to [B / G T]; filled up with others. None has the head computed at all."""
+    loss_first: Array | None = None
+    """[G, B / G T] int32, the positions of each of G parts of the rows, those with a
+    weight first, see `put_loss_first`; None where all positions are computed."""
 
 
 @flax.struct.dataclass
@@ -247,6 +247,29 @@ def _documents(rows: list[list[tuple[np.ndarray, int]]], seq_len: int) -> np.nda
             documents[row, begin:] = number
             begin += len(ids) - 1
     return documents
+
+
+def put_loss_first(
+    batch: TokenBatch, num_shards: int = 1, num_microbatches: int = 1
+) -> TokenBatch:
+    """Names the positions with a loss, so that the head is computed for those alone.
+
+    By parts of the rows: what one device computes of one microbatch (as
+    `accumulate_gradients` cuts them), so that nothing moves between devices.
+
+    Args:
+        batch: [B, T]; B a multiple of shards times microbatches.
+        num_shards: devices that share this process's rows.
+        num_microbatches: parts that follow each other on each.
+
+    Returns:
+        The batch with `loss_first`.
+    """
+    absent = batch.weights == 0
+    rows = absent.reshape(num_shards, -1, num_microbatches, absent.shape[1])
+    parts = rows.swapaxes(1, 2).reshape(num_shards * num_microbatches, -1)
+    order = np.argsort(parts, axis=1, kind="stable")
+    return batch.replace(loss_first=order.astype(np.int32))  # type: ignore
 
 
 def pad_prompts(

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 OPEN = jax.P.UNCONSTRAINED  # how this axis is cut is left to the compiler
@@ -92,6 +93,33 @@ def on_each_device(kernel: Callable[..., Array], *arrays: Array) -> Array:
     return jax.shard_map(
         kernel, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False
     )(*arrays)
+
+
+def sum_over_devices(
+    part: Callable[..., Array], embedding: Array, *arrays: Array
+) -> Array:
+    """Sums what each device makes of its rows: they meet once, after all its loops.
+
+    Args:
+        part: `(embedding, *arrays) -> scalar`, a sum over rows.
+        embedding: [V, D], whole on every device meanwhile.
+        arrays: [B, ...] or [G, ...]; those that cannot be dealt evenly stay whole.
+    """
+    mesh = jax.typeof(arrays[0]).sharding.mesh
+    if mesh.empty or mesh.size == 1 or not _automatic(mesh):
+        return part(embedding, *arrays)
+    rows = tuple(name for name in mesh.axis_names if name != "tensor")
+    shards = math.prod(mesh.shape[name] for name in rows)
+    if any(x.shape[0] % shards for x in arrays):
+        return part(embedding, *arrays)
+    of_devices = jax.shard_map(
+        lambda *args: part(*args)[None],
+        mesh=mesh,
+        in_specs=(jax.P(), *(jax.P(rows) for _ in arrays)),
+        out_specs=jax.P(rows),
+        check_vma=False,
+    )
+    return jnp.sum(of_devices(embedding, *arrays))
 
 
 def _automatic(mesh: Any) -> bool:

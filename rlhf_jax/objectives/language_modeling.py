@@ -12,6 +12,7 @@ Array = jax.Array
 
 MAX_LOGITS = 2**25  # elements of logits held at once (128 MiB in float32)
 MAX_LOGITS_ACCELERATOR = 2**28  # 1 GiB
+MIN_CHUNK = 512  # positions, see `loss_chunks`
 
 
 def logprobs_and_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
@@ -82,6 +83,7 @@ def token_loss(
     contract: Callable[[Array], Array],
     loss_fn: Callable[..., Array],
     *per_token: Array,
+    count: Array | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
     """A loss of `token_logprobs`, its gradient formed in the same pass over the logits.
 
@@ -96,9 +98,12 @@ def token_loss(
         loss_fn: `(logprobs, entropy, *per_token) -> scalar`, a sum over tokens.
         per_token: constants, [B, T] each; 0 where a chunk is filled up, so that such
             tokens must add nothing to the sum: make one of them the weights.
+        count: int32 [], how many of the first positions of the rows add to the sum:
+            chunks beyond are left out, and their logits never formed. None means all.
 
     Returns:
-        The scalar loss; log-probabilities and entropies [B, T], without gradient.
+        The scalar loss; log-probabilities and entropies [B, T], without gradient, 0
+        in chunks that were left out.
     """
     chex.assert_rank([hidden, embedding, targets], [3, 2, 2])
     chex.assert_equal_shape_prefix([hidden, targets, *per_token], 2)
@@ -108,7 +113,8 @@ def token_loss(
         outs = _head(hidden, embedding, targets, contract)
         return loss_fn(*outs, *per_token), jax.lax.stop_gradient(outs)
 
-    cut, join, num_chunks = _chunks(targets.shape, embedding.shape[0])
+    least = 1 if count is None else loss_chunks(targets.shape[1])
+    cut, join, num_chunks = _chunks(targets.shape, embedding.shape[0], least)
     if num_chunks == 1:
         return chunk(hidden, embedding, targets, per_token)
     fixed_hidden, fixed_embedding = jax.lax.stop_gradient((hidden, embedding))
@@ -122,11 +128,30 @@ def token_loss(
 
     start = (jnp.float32(0.0), jnp.zeros_like(fixed_embedding))
     xs = jax.tree.map(cut, (fixed_hidden, targets, per_token))
-    (loss, embedding_grad), (outs, hidden_grad) = jax.lax.scan(step, start, xs)
+    if count is None:
+        sums, (outs, hidden_grad) = jax.lax.scan(step, start, xs)
+    else:
+        num = -(-count // xs[1].shape[2])
+        sums, (outs, hidden_grad) = _scan_first(step, start, xs, num)
+    loss, embedding_grad = sums
     # zero, with the gradient just computed
     loss += jnp.sum(embedding_grad * (embedding - fixed_embedding))
     loss += jnp.sum((join(hidden_grad) * (hidden - fixed_hidden)).astype(jnp.float32))
     return loss, jax.tree.map(join, outs)
+
+
+def _scan_first(step, carry, xs, num):
+    """`jax.lax.scan` over the first `num` [] of xs [N, ...]; 0 for the others."""
+    shapes = jax.eval_shape(step, carry, jax.tree.map(lambda x: x[0], xs))[1]
+    length = jax.tree.leaves(xs)[0].shape[0]
+    ys = jax.tree.map(lambda y: jnp.zeros((length, *y.shape), y.dtype), shapes)
+
+    def body(i, state):
+        carry, ys = state
+        carry, y = step(carry, jax.tree.map(lambda x: x[i], xs))
+        return carry, jax.tree.map(lambda ys, y: ys.at[i].set(y), ys, y)
+
+    return jax.lax.fori_loop(0, num, body, (carry, ys))
 
 
 def _head(hidden, embedding, targets, contract):
@@ -164,20 +189,30 @@ _logits.defvjp(_logits_forward, _logits_backward)
 
 
 def logit_chunks(
-    shape: tuple[int, ...], vocab_size: int, accelerator: bool
+    shape: tuple[int, ...], vocab_size: int, accelerator: bool, least: int = 1
 ) -> tuple[int, int]:
     """How many chunks the logits [B, T, V] are cut into along T, and their width."""
     B, T = shape
     at_once = MAX_LOGITS_ACCELERATOR if accelerator else MAX_LOGITS
-    num_chunks = -(-B * T * vocab_size // at_once)
+    num_chunks = max(least, -(-B * T * vocab_size // at_once))
     width = -(-T // min(max(num_chunks, 1), T))
     return -(-T // width), width
 
 
-def _chunks(shape: tuple[int, ...], vocab_size: int):
+def loss_chunks(length: int) -> int:
+    """Into how many chunks T is cut, at least, to leave out those without a loss.
+
+    Each adds to a gradient [V, D], which for fewer positions than `MIN_CHUNK` costs
+    more than there is to leave out.
+    """
+    return max(1, min(8, length // MIN_CHUNK))
+
+
+def _chunks(shape: tuple[int, ...], vocab_size: int, least: int = 1):
     """Cut of [B, T, ...] into [chunks, B, width, ...] along time, and its inverse."""
     B, T = shape
-    num_chunks, width = logit_chunks(shape, vocab_size, jax.default_backend() != "cpu")
+    accelerator = jax.default_backend() != "cpu"
+    num_chunks, width = logit_chunks(shape, vocab_size, accelerator, least)
 
     def cut(x):
         room = [(0, 0)] * x.ndim
@@ -206,7 +241,11 @@ def next_token_loss(logprobs: Array, weights: Array) -> Array:
 
 
 def next_token_head(
-    hidden: Array, embedding: Array, targets: Array, weights: Array
+    hidden: Array,
+    embedding: Array,
+    targets: Array,
+    weights: Array,
+    loss_first: Array | None = None,
 ) -> Array:
     """`next_token_loss` of hidden states, by `token_loss`.
 
@@ -214,12 +253,33 @@ def next_token_head(
         hidden: [B, T, D].
         embedding: tied output embedding, [V, D].
         targets, weights: [B, T]; the weights sum to 1 over the global batch.
+        loss_first: int32 [G, B / G T], the positions of each of G equal parts of the
+            rows, those with a weight first: of the `loss_chunks` of a part the head is
+            computed for those with a loss in any part. None means for all.
 
     Returns:
         Scalar, float32, in nats per token.
     """
+    count = None
+    if loss_first is not None and loss_chunks(loss_first.shape[1]) > 1:
+        hidden, targets, weights = _in_order((hidden, targets, weights), loss_first)
+        count = jnp.max(jnp.sum(weights != 0, axis=1))
 
     def loss(logprobs, _, weights):
         return next_token_loss(logprobs, weights)
 
-    return token_loss(hidden, embedding, targets, lambda x: x, loss, weights)[0]
+    return token_loss(
+        hidden, embedding, targets, lambda x: x, loss, weights, count=count
+    )[0]
+
+
+def _in_order(arrays, order):
+    """Arrays [B, T, ...] as [G, B / G T, ...], each part in its order [G, B / G T]."""
+
+    @jax.vmap
+    def take(x, index):
+        return x.at[index].get(unique_indices=True, mode="promise_in_bounds")
+
+    parts = order.shape[0]
+    joined = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[2:]), arrays)
+    return jax.tree.map(lambda x: take(x, order), joined)

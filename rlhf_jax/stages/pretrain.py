@@ -15,11 +15,11 @@ from rlhf_jax.data.inputs import cache_dir
 from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.tokenizer import Tokenizer, train_tokenizer
 from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.nn.devices import sum_over_devices
 from rlhf_jax.nn.transformer import forward
 from rlhf_jax.objectives.language_modeling import next_token_head, token_logprobs
 from rlhf_jax.objectives.masking import masked_sum
 from rlhf_jax.stages.common import Context, Model, init_model, save_model
-from rlhf_jax.stages.loss_positions import at_loss_positions, with_loss_positions
 from rlhf_jax.training.activations import on_accelerator, text_row
 from rlhf_jax.training.loop import LoopConfig, run_loop
 from rlhf_jax.training.mesh import (
@@ -95,8 +95,15 @@ def lm_loss(
         Scalar in nats per token; no extras.
     """
     hidden = forward(params, batch.tokens, model, key, batch.documents)
-    hidden, targets, weights = at_loss_positions(hidden, batch)
-    return next_token_head(hidden, params["embed"], targets, weights), {}
+    arrays = hidden, batch.targets, batch.weights
+
+    def head(embedding, hidden, *of_tokens):
+        return next_token_head(hidden, embedding, *of_tokens)
+
+    if batch.loss_first is None:
+        return head(params["embed"], *arrays), {}
+    # each device stops where its rows have no more loss
+    return sum_over_devices(head, params["embed"], *arrays, batch.loss_first), {}
 
 
 def sum_logprobs(
@@ -104,9 +111,8 @@ def sum_logprobs(
 ) -> tuple[Array, Array]:
     """Summed log-probability of weighted targets [B, T] in nats, and their number."""
     hidden = forward(params, batch.tokens, model, documents=batch.documents)
-    hidden, targets, weights = at_loss_positions(hidden, batch)
-    logprobs, _ = token_logprobs(hidden, params["embed"], targets, lambda x: x)
-    mask = (weights > 0).astype(jnp.float32)
+    logprobs, _ = token_logprobs(hidden, params["embed"], batch.targets, lambda x: x)
+    mask = (batch.weights > 0).astype(jnp.float32)
     return masked_sum(logprobs, mask), jnp.sum(mask)
 
 
@@ -121,8 +127,7 @@ def make_heldout_loss(
     count = batches.steps_per_epoch
     count = count if max_batches is None else min(count, max_batches)
     shards = num_local_shards(mesh)
-    padded = lambda step: pad_rows(batches(step), shards)  # noqa: E731
-    kept = list(map(with_loss_positions(padded, count, shards), range(count)))
+    kept = [pad_rows(batches(step), shards) for step in range(count)]
 
     def heldout_loss(params: Any) -> float:
         totals = [sums(params, shard_batch(mesh, batch)) for batch in kept]

@@ -9,8 +9,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from rlhf_jax.data.batches import Batches, TokenBatch, demonstration_batches
+from rlhf_jax.data.batches import (
+    Batches,
+    TokenBatch,
+    demonstration_batches,
+    put_loss_first,
+)
 from rlhf_jax.nn.sampling import Sampling
+from rlhf_jax.objectives.language_modeling import loss_chunks
 from rlhf_jax.stages.common import (
     Context,
     Model,
@@ -18,7 +24,6 @@ from rlhf_jax.stages.common import (
     load_model,
     save_model,
 )
-from rlhf_jax.stages.loss_positions import with_loss_positions
 from rlhf_jax.stages.pretrain import corpus_batches, lm_loss, make_heldout_loss
 from rlhf_jax.stages.sampler import Sampler, fitting, reward_measure
 from rlhf_jax.training.activations import on_accelerator, text_row
@@ -189,9 +194,14 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
     train, batches = training_batches(cfg, ctx, base, name)
     valid = _demonstrations(cfg, ctx, base, "valid", None, 1)
     shards, parts = num_local_shards(ctx.mesh), cfg.num_microbatches
-    padded = lambda step: pad_rows(batches(step), shards * parts)  # noqa: E731
-    num_steps = cfg.num_epochs * train.steps_per_epoch
-    read = with_loss_positions(padded, num_steps, shards, parts)
+
+    # devices along tensor would meet for every chunk of the head
+    ordered = cfg.loss_on == "response" and ctx.mesh.shape["tensor"] == 1
+
+    def read(step: int) -> TokenBatch:
+        batch = pad_rows(batches(step), shards * parts)
+        return put_loss_first(batch, shards, parts) if ordered else batch
+
     first = read(0)
     rows, length = first.tokens.shape
     rows *= jax.process_count()
@@ -202,11 +212,12 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
         print(f"{name}: {held} of {length} tokens", file=sys.stderr)
     batch = (rows, cfg.num_microbatches)
     row, lengths = text_row(length, on_accelerator()), (f"{name}.seq_len",)
-    if (positions := first.loss_positions) is not None:
-        logits = -(-positions.size // len(first.tokens))
-        row = dataclasses.replace(row, logits=logits)
+    if first.loss_first is not None:
+        chunks = loss_chunks(first.loss_first.shape[1])
+        row = dataclasses.replace(row, logits=-(-length // chunks))
     require_room_to_train(name, model, row, *batch, lengths, ctx.mesh)
     heldout_loss = make_heldout_loss(base.cfg, valid, ctx.mesh)
+    num_steps = cfg.num_epochs * train.steps_per_epoch
 
     key = ctx.key(name)
     sharding = state_sharding(

@@ -17,13 +17,6 @@ def all_processes_agree(ok: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
 
 
-def most_of_processes(count: int) -> int:
-    """The largest of what the processes give; all of them must ask."""
-    if jax.process_count() == 1:
-        return count
-    return int(np.max(multihost_utils.process_allgather(np.asarray(count))))
-
-
 _OF_A_COLLECTIVE = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE|[Bb]arrier|oordination")
 
 

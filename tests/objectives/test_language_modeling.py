@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rlhf_jax.objectives import language_modeling
 from rlhf_jax.objectives.language_modeling import (
     logprobs_and_entropy,
+    next_token_head,
     next_token_loss,
     token_logprobs,
     token_loss,
@@ -253,6 +254,55 @@ def test_a_loss_in_chunks_holds_no_array_of_all_logits(monkeypatch):
     assert largest() <= B * V * 4
     monkeypatch.setattr(language_modeling, "MAX_LOGITS", B * T * V)
     assert largest() == B * T * V
+
+
+# ------------------------------------------- the head as far as there is a loss
+
+
+def in_parts(array, parts):
+    return array.reshape(parts, -1, *array.shape[2:])
+
+
+@pytest.mark.parametrize("max_logits", [2**25, 3 * V])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("count", [0, 1, 25, 80])
+def test_positions_with_a_loss_first_change_neither_loss_nor_gradient(
+    monkeypatch, count, parts, max_logits
+):
+    """And other states are not multiplied, beyond what fills the last chunk."""
+    monkeypatch.setattr(language_modeling, "MAX_LOGITS", max_logits)
+    monkeypatch.setattr(language_modeling, "MIN_CHUNK", 4)
+    rng = np.random.default_rng(count)
+    rows, length = 4, 20
+    hidden = jnp.float32(rng.normal(size=(rows, length, D)))
+    embedding = jnp.float32(rng.normal(size=(V, D)))
+    targets = rng.integers(0, V, (rows, length)).astype(np.int32)
+    chosen = rng.permutation(rows * length)[:count]
+    weights = np.zeros(rows * length, np.float32)
+    weights[chosen] = rng.uniform(0.1, 1.0, len(chosen))
+    weights = weights.reshape(rows, length)
+    order = np.argsort(in_parts(weights, parts) == 0, axis=1, kind="stable")
+
+    def loss(order, hidden, embedding):
+        return 3.0 * next_token_head(hidden, embedding, targets, weights, order)
+
+    grad = jax.jit(jax.value_and_grad(loss, argnums=(1, 2)))
+    expected = grad(None, hidden, embedding)
+    found = grad(jnp.int32(order), hidden, embedding)
+    chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-5)
+
+    least = language_modeling.loss_chunks(order.shape[1])
+    _, width = language_modeling.logit_chunks(order.shape, V, False, least)
+    assert width < order.shape[1]
+    most = int((in_parts(weights, parts) != 0).sum(axis=1).max())
+    unread = order[:, -(-most // width) * width :]
+    states = np.array(in_parts(hidden, parts))
+    for part in range(parts):
+        states[part, unread[part]] = np.nan
+    assert count == 80 or np.isnan(states).any()
+    poisoned = jnp.asarray(states.reshape(hidden.shape))
+    _, gradient = grad(jnp.int32(order), poisoned, embedding)
+    chex.assert_trees_all_equal(gradient, found[1])
 
 
 # ------------------------------------------------------------------------- the loss

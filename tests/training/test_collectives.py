@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 from meshes import by_sizes, some_devices
 
-from rlhf_jax.data.batches import TokenBatch
+from rlhf_jax.data.batches import TokenBatch, put_loss_first
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.transformer import init_params
 from rlhf_jax.objectives import language_modeling
-from rlhf_jax.stages.loss_positions import with_loss_positions
 from rlhf_jax.stages.pretrain import lm_loss
-from rlhf_jax.training.mesh import jit_step, replicas, shard_batch, state_sharding
+from rlhf_jax.training.mesh import (
+    jit_step,
+    replicas,
+    shard_batch,
+    state_sharding,
+)
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
@@ -53,23 +57,25 @@ def collectives_in_loops(hlo: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def program(tiny, random_params):
-    """Text of a train step on 8 devices: two microbatches, the loss at three of six
-    positions, the head in three chunks."""
-    model = tiny(vocab_size=16)
-    params = random_params(model)
-    ids = np.zeros((32, 7), np.int32)
-    weights = np.tile(np.float32([0, 0, 0, 1, 1, 1]) / 96, (32, 1))
-    mesh = some_devices(8, 1)
-    whole = TokenBatch(ids[:, :-1], ids[:, 1:], weights)
-    batch = shard_batch(mesh, with_loss_positions(lambda step: whole, 1, 8, 2)(0))
-    assert batch.loss_positions.shape == (16, 6)
+def compile_step(tiny, random_params):
+    """Text of a train step on 8 devices, the loss at half of the positions, which come
+    first or not; the head in chunks."""
 
-    def compile_with(local: bool) -> str:
+    def compile_step(
+        mesh, local: bool, loss_first: bool, num_microbatches=2, dropout=0.0
+    ) -> str:
+        model = tiny(vocab_size=16, dropout=dropout)
+        params = random_params(model)
+        ids = np.zeros((32, 7), np.int32)
+        weights = np.tile(np.float32([0, 0, 0, 1, 1, 1]) / 96, (32, 1))
+        batch = TokenBatch(ids[:, :-1], ids[:, 1:], weights)
+        if loss_first:
+            batch = put_loss_first(batch, 8, num_microbatches)
+        batch = shard_batch(mesh, batch)
         opt = OptimizerConfig()
         loss = functools.partial(lm_loss, model=model)
         where = replicas(mesh) if local else None
-        step = make_train_step(loss, opt, 10, num_microbatches=2, mesh=where)
+        step = make_train_step(loss, opt, 10, num_microbatches, mesh=where)
         state = init_state(jax.tree.map(jnp.copy, params), jax.random.key(0))
         sharding = state_sharding(mesh, state)
         state = jax.device_put(state, sharding)
@@ -77,20 +83,30 @@ def program(tiny, random_params):
         return compiled.lower(state, batch, opt.scalars()).compile().as_text()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_modeling, "MAX_LOGITS", 2 * 16)  # positions, V
-        return {local: compile_with(local) for local in (True, False)}
+        patch.setattr(language_modeling, "MAX_LOGITS", 2 * 2 * 16)  # rows, steps, V
+        patch.setattr(language_modeling, "MIN_CHUNK", 4)  # of 2 x 6 positions a device
+        yield compile_step
 
 
-def test_gradients_meet_once_and_after_all_loops(program):
+@pytest.mark.parametrize("loss_first", [False, True])
+def test_gradients_meet_once_and_after_all_loops(compile_step, loss_first):
     """Each device adds up its microbatches and chunks; no batch is gathered."""
-    assert collectives_in_loops(program[True]) == []
-    assert set(COLLECTIVES.findall(program[True])) == {"all-reduce"}
+    hlo = compile_step(some_devices(8, 1), True, loss_first)
+    assert collectives_in_loops(hlo) == []
+    assert set(COLLECTIVES.findall(hlo)) == {"all-reduce"}
 
 
-def test_left_to_the_compiler_they_meet_in_every_chunk(program):
+def test_left_to_the_compiler_they_meet_in_every_chunk(compile_step):
     """What the mesh argument is for, and that the test above can fail."""
-    assert collectives_in_loops(program[False])
-    assert set(COLLECTIVES.findall(program[False])) == {"all-reduce"}
+    assert collectives_in_loops(compile_step(some_devices(8, 1), False, False))
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2)], ids=by_sizes)
+def test_with_dropout_devices_stop_the_head_early_without_a_word(compile_step, shape):
+    """SFT leaves dropout to the compiler: no chunk of the head may wait for others."""
+    hlo = compile_step(some_devices(*shape), False, True, 1, dropout=0.2)
+    assert collectives_in_loops(hlo) == []
+    assert not {"all-to-all", "collective-permute"} & set(COLLECTIVES.findall(hlo))
 
 
 def shapes(hlo: str, kind: str) -> list[tuple[int, ...]]:

@@ -55,12 +55,6 @@ def test_a_backward_pass_is_two_forwards(params, batch):
     assert formula == pytest.approx(flops_of(grad, params, batch), rel=0.05)
 
 
-def test_the_head_is_computed_where_a_batch_names_a_loss(params, batch):
-    named = batch.replace(loss_positions=ids(2, 100))
-    counted = flops_of(functools.partial(sum_logprobs, model=CFG), params, named)
-    assert costs.forward(CFG, 640, 160, 200).flops == pytest.approx(counted, rel=0.05)
-
-
 @pytest.mark.parametrize("responses", [1, 4])
 def test_responses_that_share_a_prompt(params, responses):
     B, P, R = 2, 96, 64
