@@ -132,7 +132,7 @@ def run_loop(
     )
     stop = _StopSignals()
     trace = _Trace(directory / "profile", first, num_steps, profile)
-    log = _PlainProgress(name, first, num_steps)
+    log = _PlainProgress(name, num_steps)
 
     def written(step: int, values: dict[str, float] | None) -> None:
         if values is None:
@@ -196,7 +196,7 @@ def tracked(name: str, items: Sequence[ItemT]) -> Iterator[ItemT]:
     if console.is_terminal and jax.process_index() == 0:
         yield from track(items, description=name, console=console)
         return
-    log = _PlainProgress(name, 0, len(items))
+    log = _PlainProgress(name, len(items))
     for done, item in enumerate(items, 1):
         yield item
         log.write(done, "")
@@ -205,23 +205,24 @@ def tracked(name: str, items: Sequence[ItemT]) -> Iterator[ItemT]:
 class _PlainProgress:
     """Progress as lines, every ten seconds, where stderr is no terminal."""
 
-    def __init__(self, name: str, first: int, num_steps: int):
-        self._name, self._first, self._num_steps = name, first, num_steps
+    def __init__(self, name: str, num_steps: int):
+        self._name, self._num_steps = name, num_steps
         self._start = self._last = time.monotonic()
+        self._compiled: tuple[int, float] | None = None
 
     def write(self, step: int, shown: str) -> None:
         now = time.monotonic()
+        if self._compiled is None:  # the first step tells nothing of the others
+            self._compiled = step, now
         if jax.process_index() or (now - self._last < 10 and step < self._num_steps):
             return
         self._last = now
-        spent = now - self._start
-        left = spent / max(step - self._first, 1) * (self._num_steps - step)
-        print(
-            f"{self._name} {step}/{self._num_steps}  {spent:.0f} s, {left:.0f} s left"
-            f"  {shown}",
-            file=sys.stderr,
-            flush=True,
-        )
+        told = f"{self._name} {step}/{self._num_steps}  {now - self._start:.0f} s"
+        first, then = self._compiled
+        if step > first or step == self._num_steps:
+            left = (now - then) / max(step - first, 1) * (self._num_steps - step)
+            told += f", {left:.0f} s left"
+        print(f"{told}  {shown}", file=sys.stderr, flush=True)
 
 
 class _Trace:

@@ -334,6 +334,17 @@ def test_where_stderr_is_no_terminal_progress_is_told_as_lines(loop, tmp_path, c
     assert "toy 10/10" in told and "s left" in told and "loss" in told
 
 
+def test_the_time_left_is_told_without_that_of_compilation(capfd, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for item in tracked("items", range(100)):
+        now += 60.0 if item == 0 else 1.0
+    told = capfd.readouterr().err.splitlines()
+    assert told[0].rstrip() == "items 1/100  60 s"
+    assert told[1].rstrip() == "items 11/100  70 s, 89 s left"
+    assert told[-1].rstrip() == "items 100/100  159 s, 0 s left"
+
+
 def test_tracked_items_come_in_order_and_their_number_is_told(capfd):
     assert list(tracked("letters", "abc")) == ["a", "b", "c"]
     assert "letters 3/3  0 s, 0 s left" in capfd.readouterr().err
