@@ -80,12 +80,13 @@ def compile_step(tiny, random_params):
         sharding = state_sharding(mesh, state)
         state = jax.device_put(state, sharding)
         compiled = jit_step(step, mesh, sharding)
-        return compiled.lower(state, batch, opt.scalars()).compile().as_text()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(language_modeling, "MAX_LOGITS", 2 * 2 * 16)  # B, steps, V
+            patch.setattr(language_modeling, "MIN_CHUNK", 4)  # of 2 x 6 a device
+            lowered = compiled.lower(state, batch, opt.scalars())
+        return lowered.compile().as_text()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_modeling, "MAX_LOGITS", 2 * 2 * 16)  # rows, steps, V
-        patch.setattr(language_modeling, "MIN_CHUNK", 4)  # of 2 x 6 positions a device
-        yield compile_step
+    return compile_step
 
 
 @pytest.mark.parametrize("loss_first", [False, True])
