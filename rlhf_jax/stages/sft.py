@@ -195,7 +195,7 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
     valid = _demonstrations(cfg, ctx, base, "valid", None, 1)
     shards, parts = num_local_shards(ctx.mesh), cfg.num_microbatches
 
-    # devices along tensor would meet for every chunk of the head
+    # devices along tensor share the head's vocabulary: they meet for every chunk of it
     ordered = cfg.loss_on == "response" and ctx.mesh.shape["tensor"] == 1
 
     def read(step: int) -> TokenBatch:
