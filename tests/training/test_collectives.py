@@ -15,12 +15,7 @@ from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.transformer import init_params
 from rlhf_jax.objectives import language_modeling
 from rlhf_jax.stages.pretrain import lm_loss
-from rlhf_jax.training.mesh import (
-    jit_step,
-    replicas,
-    shard_batch,
-    state_sharding,
-)
+from rlhf_jax.training.mesh import jit_step, replicas, shard_batch, state_sharding
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
@@ -107,7 +102,8 @@ def test_with_dropout_devices_stop_the_head_early_without_a_word(compile_step, s
     """SFT leaves dropout to the compiler: no chunk of the head may wait for others."""
     hlo = compile_step(some_devices(*shape), False, True, 1, dropout=0.2)
     assert collectives_in_loops(hlo) == []
-    assert not {"all-to-all", "collective-permute"} & set(COLLECTIVES.findall(hlo))
+    weights = {"all-gather"} if shape[1] > 1 else set()  # that fsdp has cut
+    assert set(COLLECTIVES.findall(hlo)) == {"all-reduce"} | weights
 
 
 def shapes(hlo: str, kind: str) -> list[tuple[int, ...]]:
