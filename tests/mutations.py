@@ -752,8 +752,8 @@ MUTATIONS = (
     Mutation(
         "devices that wait for each other in every chunk of the head",
         _DEVICES,
-        "if any(_dealt_rows(x) is None for x in arrays):",
-        "if rows:",
+        "if any(x.shape[0] % shards for x in arrays):",
+        "if shards:",
         "training/test_collectives.py",
     ),
     Mutation(

@@ -108,8 +108,9 @@ def sum_over_devices(
     mesh = jax.typeof(arrays[0]).sharding.mesh
     if mesh.empty or mesh.size == 1 or not _automatic(mesh):
         return part(embedding, *arrays)
-    rows = _dealt_rows(arrays[0])
-    if any(_dealt_rows(x) is None for x in arrays):
+    rows = tuple(name for name in mesh.axis_names if name != "tensor")
+    shards = math.prod(mesh.shape[name] for name in rows)
+    if any(x.shape[0] % shards for x in arrays):
         return part(embedding, *arrays)
     of_devices = jax.shard_map(
         lambda *args: part(*args)[None],

@@ -110,13 +110,14 @@ def _on_each_device(local, params, batch, key, mesh):
         )
         return (loss, extras), grads
 
-    rows = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            (x.shape[0] // mesh.size, *x.shape[1:]), x.dtype
-        ),
-        batch,
+    # Shapes alone: parameters that name the mesh here belong to no single device.
+    def shapes(tree, parts=1):
+        cut = lambda x: (x.shape[0] // parts, *x.shape[1:]) if x.ndim else ()  # noqa: E731
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(cut(x), x.dtype), tree)
+
+    (_, extras), _ = jax.eval_shape(
+        local, shapes(params), shapes(batch, mesh.size), key
     )
-    (_, extras), _ = jax.eval_shape(local, params, rows, key)
     extra_specs = jax.tree.map(lambda x: jax.P(axes) if x.ndim else jax.P(), extras)
     return jax.shard_map(
         on_device,

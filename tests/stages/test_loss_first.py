@@ -68,7 +68,8 @@ def expected_update():
     [
         {"num_microbatches": 2},
         {"data": 4, "fsdp": 2},
-        {"data": 4, "num_microbatches": 2},
+        {"data": 2, "num_microbatches": 2},
+        {"data": 2},
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"data": 8}, marks=pytest.mark.slow),
         pytest.param({"fsdp": 8, "num_microbatches": 2}, marks=pytest.mark.slow),
