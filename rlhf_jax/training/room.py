@@ -75,6 +75,7 @@ def require_room(
     model: TransformerConfig,
     lengths: tuple[str, ...],
     mesh: jax.sharding.Mesh,
+    rows: float,
 ) -> None:
     """Prints `describe` once, or raises.
 
@@ -86,6 +87,7 @@ def require_room(
         model: shape of the model that is trained.
         lengths: fields that set T of its rows [B, T].
         mesh: of the run.
+        rows: [rows, T] of a microbatch on one device; one cannot be cut further.
 
     Raises:
         MemoryLimitError: with fields to change, the most useful first.
@@ -96,9 +98,10 @@ def require_room(
         if jax.process_index() == 0:
             print(line, file=sys.stderr)
         return
+    helps = advice(name, memory, model, lengths, limit, rows)
     raise MemoryLimitError(
         f"{line}: at least {memory.least / GIB:.2f} GiB is needed. What helps, the "
-        f"most useful first: {'; '.join(advice(name, memory, model, lengths, limit))}"
+        f"most useful first: {'; '.join(helps)}"
     )
 
 
@@ -121,7 +124,7 @@ def require_room_to_train(
     """
     rows = batch_size / mesh.size
     memory = train_step(model, row, rows, num_microbatches, num_holders(mesh))
-    require_room(name, memory, model, lengths, mesh)
+    require_room(name, memory, model, lengths, mesh, rows / num_microbatches)
 
 
 def require_room_to_sample(
@@ -146,7 +149,8 @@ def require_room_to_sample(
     held = num_holders(mesh), on_accelerator(), measured
     memory = sampling(model, models, rows / mesh.size, prompt, length, *held)
     fields = ("prompt_len", "few_shot_len", "sampling.response_len")
-    require_room(name, memory, model, tuple(f"{name}.{f}" for f in fields), mesh)
+    lengths = tuple(f"{name}.{field}" for field in fields)
+    require_room(name, memory, model, lengths, mesh, rows / mesh.size)
 
 
 def advice(
@@ -155,6 +159,7 @@ def advice(
     model: TransformerConfig,
     lengths: tuple[str, ...],
     limit: int,
+    rows: float,
 ) -> list[str]:
     """What to change of a stage's config, for the arguments see `require_room`."""
     trained = memory.parameters > 0
@@ -168,7 +173,8 @@ def advice(
             *(f"lower pretrain.model.{field}" for field in shape),
         ]
     smaller = f"lower {name}.batch_size"
-    steps = [f"raise {name}.num_microbatches"] if trained else [smaller]
+    finer = [f"raise {name}.num_microbatches"] if rows > 1 else []
+    steps = finer if trained else [smaller]
     if trained and memory.cache:  # sampling is the fullest moment
         steps = [f"set or lower {name}.num_slots"]
     if trained and model.remat != "block":

@@ -377,10 +377,11 @@ def test_offloaded_models_are_held_only_while_they_score():
 HALF = Memory(parameters=2**29, activations=2**30, least=2**30)
 
 
-def require(monkeypatch, limit: int | None, memory: Memory, model=None, name="ppo"):
+def require(monkeypatch, limit: int | None, memory: Memory, model=None, rows=2.0):
     monkeypatch.setattr(room, "device_limit", lambda _: limit)
-    lengths = (f"{name}.prompt_len", f"{name}.sampling.response_len")
-    room.require_room(name, memory, model or shape(), lengths, some_devices(1, 1))
+    lengths = ("ppo.prompt_len", "ppo.sampling.response_len")
+    mesh = some_devices(1, 1)
+    room.require_room("ppo", memory, model or shape(), lengths, mesh, rows)
 
 
 def test_advice_on_frozen_models_ends_with_none_on_the_device(monkeypatch):
@@ -428,6 +429,15 @@ def test_advice_leaves_out_what_is_done_already(monkeypatch):
     assert not {"pretrain.model.remat", "pretrain.model.dtype"} & set(
         fields_of(str(error.value))
     )
+
+
+def test_no_more_microbatches_are_advised_than_a_device_has_rows(monkeypatch):
+    for rows, divisible in ((2.0, True), (1.0, False), (0.5, False)):
+        with pytest.raises(room.MemoryLimitError) as error:
+            require(monkeypatch, 2**29, HALF, rows=rows)
+        named = fields_of(str(error.value))
+        assert ("ppo.num_microbatches" in named) == divisible
+        assert named
 
 
 def test_samples_that_do_not_fit_are_refused_with_fields_to_change(monkeypatch):
