@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.data.batches import PromptBatch, prompt_batches
-from rlhf_jax.data.sources import DataError, Prompt
+from rlhf_jax.data.batches import PromptBatch, pad_prompts
+from rlhf_jax.data.sources import DataError
 from rlhf_jax.data.widths import fitted_width, width_bounds, width_groups
 from rlhf_jax.nn.sampling import Rollout, Sampling, generate
 from rlhf_jax.stages.common import Context, Model
@@ -103,7 +103,8 @@ class Sampler:
                 f"there is no prompt of at most {self._prompt_len} tokens to sample "
                 "from; raise prompt_len or give others"
             )
-        lengths = prompt_lengths(prompts, self.model)
+        encoded = _encoded(prompts, self.model)
+        lengths = [len(ids) for ids in encoded]
         num_long = sum(n > self._prompt_len for n in lengths)
         if num_long:
             raise DataError(
@@ -118,8 +119,16 @@ class Sampler:
         groups = width_groups(lengths, self._bounds)
         responses: list[Response] = []
         values: dict[str, list[np.ndarray]] = {name: [] for name in measures}
-        for step, (batch, count) in enumerate(self._batches(prompts, groups)):
+
+        def keep(rollout: Rollout, measured: dict[str, Any], count: int) -> None:
+            responses.extend(self._responses(rollout, count))
+            for name, x in measured.items():
+                values[name].append(x[:count])
+
+        drawn = None
+        for step, (batch, count) in enumerate(self._batches(encoded, groups)):
             batch = shard_whole_batch(self._ctx.mesh, batch)
+            previous = jax.device_get(drawn)  # before the next, whose cache is as large
             rollout = self._generate(
                 params,
                 batch.prompts,
@@ -131,42 +140,36 @@ class Sampler:
                 name: measure(batch.prompts, batch.prompt_lengths, rollout)
                 for name, measure in measures.items()
             }
-            rollout, measured = jax.device_get((rollout, measured))
-            for row in range(count):
-                ids = rollout.responses[row, : rollout.lengths[row]]
-                responses.append(
-                    Response(
-                        # the byte 0 is no text, as other bytes that decode to U+FFFD
-                        text=self.model.tokenizer.decode(ids).replace("\0", "\ufffd"),
-                        ids=ids,
-                        ended=bool(rollout.ended[row]),
-                    )
-                )
-            for name, x in measured.items():
-                values[name].append(x[:count])
+            if previous is not None:  # while the device is at the next
+                keep(*previous)
+            drawn = (rollout, measured, count)
+        keep(*jax.device_get(drawn))
         back = np.argsort(np.concatenate(groups))
         in_order = {name: np.concatenate(x)[back] for name, x in values.items()}
         return [responses[i] for i in back], in_order
+
+    def _responses(self, rollout: Rollout, count: int) -> Iterator[Response]:
+        """The first rows of a rollout on the host, as text."""
+        for row in range(count):
+            ids = np.asarray(rollout.responses[row, : rollout.lengths[row]])
+            # the byte 0 is no text, as other bytes that decode to U+FFFD
+            text = self.model.tokenizer.decode(ids).replace("\0", "\ufffd")
+            yield Response(text, ids, bool(rollout.ended[row]))
 
     def width(self, prompts: Sequence[str]) -> int:
         """Columns of the widest batch of these prompts, P."""
         return fitted_width(prompt_lengths(prompts, self.model), self._prompt_len)
 
     def _batches(
-        self, prompts: Sequence[str], groups: Sequence[np.ndarray]
+        self, encoded: Sequence[np.ndarray], groups: Sequence[np.ndarray]
     ) -> Iterator[tuple[PromptBatch, int]]:
         """Batches of one group after the other, and how many rows of each are real."""
+        pad_id = self.model.tokenizer.pad_id
         for group in groups:
-            batches = prompt_batches(
-                [Prompt(prompts[int(i)]) for i in group],
-                self.model.tokenizer,
-                self.model.format,
-                self._batch_size,
-                self._prompt_len,
-                None,
-            )
-            for step in range(batches.steps_per_epoch):
-                yield batches(step), batches.real_rows(step)
+            P = fitted_width([len(encoded[i]) for i in group], self._prompt_len)
+            for first in range(0, len(group), self._batch_size):
+                rows = [encoded[i] for i in group[first : first + self._batch_size]]
+                yield pad_prompts(rows, self._batch_size, P, pad_id), len(rows)
 
 
 def reward_measure(reward: Model, mesh: jax.sharding.Mesh) -> Callable:
@@ -196,8 +199,11 @@ def make_kl(
 
 def prompt_lengths(prompts: Sequence[str], model: Model) -> list[int]:
     """Tokens of each prompt, [N], with what the model's format puts around it."""
-    encode = model.format.encode_prompt
-    return [len(encode(model.tokenizer, prompt)) for prompt in prompts]
+    return [len(ids) for ids in _encoded(prompts, model)]
+
+
+def _encoded(prompts: Sequence[str], model: Model) -> list[np.ndarray]:
+    return [model.format.encode_prompt(model.tokenizer, prompt) for prompt in prompts]
 
 
 def fitting(prompts: list[str], model: Model, prompt_len: int) -> list[str]:

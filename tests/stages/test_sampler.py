@@ -66,6 +66,25 @@ def test_groups_of_prompts_give_the_samples_of_each_prompt_alone(sampler, monkey
         assert value == measured["sum"][0]
 
 
+def test_the_device_draws_the_next_samples_while_the_host_decodes(sampler, monkeypatch):
+    events = []
+
+    def seen(owner, name, event):
+        original = getattr(owner, name)
+        told = lambda *args: (events.append(event), original(*args))[1]  # noqa: E731
+        monkeypatch.setattr(owner, name, told)
+
+    seen(sampler, "_generate", "draw")
+    seen(jax, "device_get", "read")
+    seen(sampler, "_responses", "decode")
+    sampler(sampler.model.params, PROMPTS[:6], jax.random.key(0))
+    events.remove("read")  # of nothing, before the first
+    assert events == [
+        *("draw", "read", "draw", "decode"),  # one cache at a time
+        *("read", "draw", "decode", "read", "decode"),
+    ]
+
+
 def test_no_prompts_are_an_error_that_names_the_limit(sampler):
     with pytest.raises(DataError, match="no prompt of at most 8 tokens"):
         sampler(sampler.model.params, [], jax.random.key(0))
