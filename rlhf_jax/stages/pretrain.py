@@ -195,19 +195,21 @@ def run(cfg: PretrainConfig, tokenizer_cfg: TokenizerConfig, ctx: Context) -> No
     """
     stage = ctx.stage("pretrain")
     sources = ctx.inputs.fingerprint(("corpus", "train"), ("corpus", "valid"))
+    vocab_size = tokenizer_cfg.vocab_size
     if tokenizer_cfg.model is not None:  # known by its content, wherever it lies
-        Tokenizer.load(tokenizer_cfg.model)
+        vocab_size = Tokenizer.load(tokenizer_cfg.model).vocab_size
         sources["tokenizer"] = file_hash(tokenizer_cfg.model)
     described = dataclasses.replace(tokenizer_cfg, model=None)
     made_by = {"pretrain": cfg, "tokenizer": described, "seed": ctx.seed}
     stage.open("pretrain", made_by, sources, {})
     if stage.done:
         return
-    tokenizer = get_tokenizer(tokenizer_cfg, ctx)
-    model = model_of_run(cfg, tokenizer.vocab_size, tokenizer.eos_id)
+    planned = dataclasses.replace(cfg.model, vocab_size=vocab_size)
     row = text_row(cfg.seq_len, on_accelerator())
     batch, lengths = (cfg.batch_size, cfg.num_microbatches), ("pretrain.seq_len",)
-    require_room_to_train("pretrain", model, row, *batch, lengths, ctx.mesh)
+    require_room_to_train("pretrain", planned, row, *batch, lengths, ctx.mesh)
+    tokenizer = get_tokenizer(tokenizer_cfg, ctx)
+    model = model_of_run(cfg, tokenizer.vocab_size, tokenizer.eos_id)
     batches = corpus_batches(
         ctx, tokenizer, "train", cfg.batch_size, cfg.seq_len, ctx.data_seed("pretrain")
     )

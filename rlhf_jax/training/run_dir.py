@@ -111,7 +111,8 @@ class StageDir:
     ) -> None:
         """Makes the directory, or checks that it was made by the same command.
 
-        Says so where the stage has nothing left to do.
+        A stage that was refused before it wrote anything, for the memory of its step or
+        a prompt too long, is made anew. Says so where nothing is left to do.
 
         Args:
             stage: name of the stage.
@@ -138,7 +139,7 @@ class StageDir:
             "parents": {name: p.fingerprint() for name, p in parents.items()},
         }
         path = self.path / "config.json"
-        if not path.exists():
+        if not path.exists() or list(self.path.iterdir()) == [path]:
             write_text(path, json.dumps(made_from, indent=2) + "\n")
             return
         before = _flat(read_json(path))

@@ -40,8 +40,10 @@ DATA = {"corpus/train": "abc"}
 
 
 def opened(path, config=None, data=DATA, parents=None):
+    """A stage that has written something."""
     stage = StageDir(path)
     stage.open("sft", Config() if config is None else config, data, parents or {})
+    write_text(path / "metrics.jsonl", "")
     return stage
 
 
@@ -83,6 +85,18 @@ def test_an_option_that_is_new_or_gone_is_a_difference(tmp_path):
         opened(tmp_path / "sft")
     assert "  steps: 'absent' there, 3 now" in str(caught.value)
     assert "  old: 1 there, 'absent' now" in str(caught.value)
+
+
+def test_a_stage_that_was_refused_before_it_wrote_anything_is_made_anew(tmp_path):
+    stage = StageDir(tmp_path / "sft")
+    stage.open("sft", Config(), DATA, {})
+    refused = stage.fingerprint()
+    stage.open("sft", Config(steps=4), DATA, {})
+    assert stage.fingerprint() != refused
+    assert stage.fingerprint() == opened(tmp_path / "b", Config(steps=4)).fingerprint()
+    opened(tmp_path / "sft", Config(steps=4))
+    with pytest.raises(RunDirError, match="steps: 4 there, 3 now"):
+        opened(tmp_path / "sft")
 
 
 def test_other_data_is_a_difference(tmp_path):
