@@ -95,7 +95,15 @@ class InstructGPT:
         shards = data * fsdp
         if self.data is None and self.files == REAL_FILES:
             raise DataError("this preset reads files of yours: give --data DIR")
-        stages = ("pretrain", "sft", "sft_rl", "collect", "reward_model", "ppo")
+        stages = (
+            "tokenizer",
+            "pretrain",
+            "sft",
+            "sft_rl",
+            "collect",
+            "reward_model",
+            "ppo",
+        )
         for name in (*stages, "ppo_ptx", "evaluate"):
             _check_counts(name, getattr(self, name))
         batches = {
@@ -188,6 +196,6 @@ def _check_counts(prefix: str, config: Any) -> None:
         is_count = field.name.startswith(
             ("num_", "min_", "max_", "eval_", "batch_", "labelers_per_")
         )
-        is_count = is_count or field.name.endswith(("_len", "_every", "_batches"))
+        is_count |= field.name.endswith(("_len", "_every", "_batches", "_size"))
         if is_count and isinstance(value, int) and value < 1:
             raise DataError(f"{name} must be at least 1, got {value}")

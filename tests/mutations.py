@@ -738,8 +738,8 @@ MUTATIONS = (
     Mutation(
         "the head as far as the part with the fewest losses needs",
         _LM,
-        "count = jnp.max(jnp.sum(weights != 0, axis=1))",
-        "count = jnp.min(jnp.sum(weights != 0, axis=1))",
+        "count = jnp.max(last)",
+        "count = jnp.min(jnp.max(last, axis=1))",
         f"{_T_LM} {_T_LOSS_FIRST}",
     ),
     Mutation(

@@ -45,6 +45,7 @@ def option(cfg: Any, path: str, value: Any) -> Any:
         ("ppo.eval_prompts", 0, "ppo.eval_prompts must be at least 1"),
         ("ppo_ptx.loop.eval_every", -1, "eval_every must be at least 1"),
         ("pretrain.num_microbatches", 0, "pretrain.num_microbatches"),
+        ("tokenizer.vocab_size", 0, "tokenizer.vocab_size must be at least 1"),
         ("pretrain.batch_size", 12, "pretrain: batches of 12 rows"),
         ("ppo_ptx.ptx_per_episode", 0, "ptx_per_episode must be at least 1"),
         ("ppo.num_slots", 0, "ppo.num_slots must be at least 1"),

@@ -102,8 +102,9 @@ def sum_over_devices(
 
     Args:
         part: `(embedding, *arrays) -> scalar`, a sum over rows.
-        embedding: [V, D], whole on every device meanwhile.
-        arrays: [B, ...] or [G, ...]; those that cannot be dealt evenly stay whole.
+        embedding: [V, D], whole on every device meanwhile, as its gradient is.
+        arrays: [B, ...] or [G, ...]; where one cannot be dealt evenly, all is left to
+            the compiler.
     """
     mesh = jax.typeof(arrays[0]).sharding.mesh
     if mesh.empty or mesh.size == 1 or not _automatic(mesh):

@@ -255,7 +255,7 @@ def next_token_head(
         targets, weights: [B, T]; the weights sum to 1 over the global batch.
         loss_first: int32 [G, B / G T], the positions of each of G equal parts of the
             rows, those with a weight first: of the `loss_chunks` of a part the head is
-            computed for those with a loss in any part. None means for all.
+            computed up to the last with a weight in any part. None means for all.
 
     Returns:
         Scalar, float32, in nats per token.
@@ -263,7 +263,8 @@ def next_token_head(
     count = None
     if loss_first is not None and loss_chunks(loss_first.shape[1]) > 1:
         hidden, targets, weights = _in_order((hidden, targets, weights), loss_first)
-        count = jnp.max(jnp.sum(weights != 0, axis=1))
+        last = jnp.where(weights != 0, jnp.arange(1, weights.shape[1] + 1), 0)
+        count = jnp.max(last)  # any order gives the loss, this one soonest
 
     def loss(logprobs, _, weights):
         return next_token_loss(logprobs, weights)

@@ -174,8 +174,7 @@ def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
     predicted = predict_memory(cfg, P, reference.cfg, reward.cfg, ctx.mesh)
     lengths = (f"{name}.prompt_len", f"{name}.sampling.response_len")
     lengths += (f"{name}.ptx_len",) if cfg.num_ptx_rows else ()
-    parts = cfg.num_minibatches * cfg.num_microbatches
-    rows = cfg.batch_size / ctx.mesh.size / parts
+    rows = cfg.batch_size / cfg.num_minibatches / cfg.num_microbatches
     require_room(name, predicted, reference.cfg, lengths, ctx.mesh, rows)
 
     state, sharding = make_state(cfg, reference, reward, ctx.key(name), ctx.mesh)

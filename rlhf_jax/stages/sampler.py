@@ -103,15 +103,8 @@ class Sampler:
                 f"there is no prompt of at most {self._prompt_len} tokens to sample "
                 "from; raise prompt_len or give others"
             )
-        encoded = _encoded(prompts, self.model)
+        encoded = self._encode(prompts)
         lengths = [len(ids) for ids in encoded]
-        num_long = sum(n > self._prompt_len for n in lengths)
-        if num_long:
-            raise DataError(
-                f"{num_long} of {len(prompts)} prompts are longer than "
-                f"{self._prompt_len} tokens; raise prompt_len (with few-shot examples: "
-                "raise few_shot_len or lower num_few_shot) or leave them out"
-            )
         temperature = jnp.float32(self.sampling.temperature)
         if self._bounds is None:  # programs that later calls find compiled
             counts = self._batch_size, self._num_calls
@@ -157,8 +150,20 @@ class Sampler:
             yield Response(text, ids, bool(rollout.ended[row]))
 
     def width(self, prompts: Sequence[str]) -> int:
-        """Columns of the widest batch of these prompts, P."""
-        return fitted_width(prompt_lengths(prompts, self.model), self._prompt_len)
+        """Columns of the widest batch of these prompts, P; raises as `measured`."""
+        return fitted_width(map(len, self._encode(prompts)), self._prompt_len)
+
+    def _encode(self, prompts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each prompt, none longer than prompt_len."""
+        encoded = _encoded(prompts, self.model)
+        num_long = sum(len(ids) > self._prompt_len for ids in encoded)
+        if num_long:
+            raise DataError(
+                f"{num_long} of {len(prompts)} prompts are longer than "
+                f"{self._prompt_len} tokens; raise prompt_len (with few-shot examples: "
+                "raise few_shot_len or lower num_few_shot) or leave them out"
+            )
+        return encoded
 
     def _batches(
         self, encoded: Sequence[np.ndarray], groups: Sequence[np.ndarray]

@@ -87,7 +87,7 @@ def require_room(
         model: shape of the model that is trained.
         lengths: fields that set T of its rows [B, T].
         mesh: of the run.
-        rows: [rows, T] of a microbatch on one device; one cannot be cut further.
+        rows: [rows, T] at a time on all devices; of a microbatch where it trains.
 
     Raises:
         MemoryLimitError: with fields to change, the most useful first.
@@ -98,7 +98,8 @@ def require_room(
         if jax.process_index() == 0:
             print(line, file=sys.stderr)
         return
-    helps = advice(name, memory, model, lengths, limit, rows)
+    shards = mesh.size // mesh.shape["tensor"]
+    helps = advice(name, memory, model, lengths, limit, rows > shards)
     raise MemoryLimitError(
         f"{line}: at least {memory.least / GIB:.2f} GiB is needed. What helps, the "
         f"most useful first: {'; '.join(helps)}"
@@ -124,7 +125,8 @@ def require_room_to_train(
     """
     rows = batch_size / mesh.size
     memory = train_step(model, row, rows, num_microbatches, num_holders(mesh))
-    require_room(name, memory, model, lengths, mesh, rows / num_microbatches)
+    at_a_time = batch_size / num_microbatches
+    require_room(name, memory, model, lengths, mesh, at_a_time)
 
 
 def require_room_to_sample(
@@ -150,7 +152,7 @@ def require_room_to_sample(
     memory = sampling(model, models, rows / mesh.size, prompt, length, *held)
     fields = ("prompt_len", "few_shot_len", "sampling.response_len")
     lengths = tuple(f"{name}.{field}" for field in fields)
-    require_room(name, memory, model, lengths, mesh, rows / mesh.size)
+    require_room(name, memory, model, lengths, mesh, rows)
 
 
 def advice(
@@ -159,9 +161,12 @@ def advice(
     model: TransformerConfig,
     lengths: tuple[str, ...],
     limit: int,
-    rows: float,
+    divisible: bool,
 ) -> list[str]:
-    """What to change of a stage's config, for the arguments see `require_room`."""
+    """What to change of a stage's config, for the arguments see `require_room`.
+
+    Unless `divisible` a microbatch has but a row for each device that takes some.
+    """
     trained = memory.parameters > 0
     movable = trained and memory.frozen and on_accelerator()
     offload = [f"set {name}.offload_frozen"] if movable else []
@@ -173,7 +178,7 @@ def advice(
             *(f"lower pretrain.model.{field}" for field in shape),
         ]
     smaller = f"lower {name}.batch_size"
-    finer = [f"raise {name}.num_microbatches"] if rows > 1 else []
+    finer = [f"raise {name}.num_microbatches"] if divisible else []
     steps = finer if trained else [smaller]
     if trained and memory.cache:  # sampling is the fullest moment
         steps = [f"set or lower {name}.num_slots"]
@@ -182,7 +187,7 @@ def advice(
     steps += offload
     steps.append("raise mesh.fsdp or mesh.tensor (more devices)")
     steps += [f"shorten {field}" for field in lengths]
-    steps += [smaller] if trained else []
+    steps += [smaller] if trained and (divisible or memory.frozen) else []
     if model.dtype == "float32":
         steps.append("set pretrain.model.dtype to bfloat16 (a new run)")
     return steps

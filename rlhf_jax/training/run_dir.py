@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
+
 from rlhf_jax.data.files import write_atomically
 from rlhf_jax.nn.config import TransformerConfig
 
@@ -111,8 +113,9 @@ class StageDir:
     ) -> None:
         """Makes the directory, or checks that it was made by the same command.
 
-        A stage that was refused before it wrote anything, for the memory of its step or
-        a prompt too long, is made anew. Says so where nothing is left to do.
+        A stage of one process that was refused before it wrote anything, as for the
+        memory of its step, is made anew; several compare their commands by this file.
+        Says so where nothing is left to do.
 
         Args:
             stage: name of the stage.
@@ -139,7 +142,8 @@ class StageDir:
             "parents": {name: p.fingerprint() for name, p in parents.items()},
         }
         path = self.path / "config.json"
-        if not path.exists() or list(self.path.iterdir()) == [path]:
+        blank = path.exists() and list(self.path.iterdir()) == [path]
+        if not path.exists() or (blank and jax.process_count() == 1):
             write_text(path, json.dumps(made_from, indent=2) + "\n")
             return
         before = _flat(read_json(path))

@@ -40,7 +40,8 @@ def accumulate_gradients(
             weighted sums too and are added; arrays have one row per row of the batch
             and are put together again.
         params: to differentiate by.
-        batch: pytree of arrays [B, ...], or [G, ...] of G equal parts of the rows.
+        batch: pytree of arrays [B, ...], or [G, ...] of G equal parts of the rows, in
+            the order of `put_loss_first`.
         key: of dropout; part m uses `fold_in(key, m)`.
         num_microbatches: M; B must be divisible by it. Part m holds the rows m, m + M,
             ...: a batch that is sharded over devices stays on them.

@@ -124,8 +124,31 @@ def trained(tmp_path_factory, tiny, random_params):
     return run
 
 
-def test_the_stage_cuts_its_batches_by_devices_and_microbatches(in_chunks, trained):
-    alone, parts = trained(1, 1), trained(2, 2)
+def test_the_stage_cuts_its_batches_by_devices_and_microbatches(
+    in_chunks, trained, monkeypatch
+):
+    parts = set()
+
+    def seen(*args):
+        batch = put_loss_first(*args)
+        parts.add(batch.loss_first.shape[0])
+        return batch
+
+    alone = trained(1, 1)
+    monkeypatch.setattr(sft, "put_loss_first", seen)
+    cut = trained(2, 2)
+    assert parts == {4}
     case.assert_trees_close(
-        jax.device_get(parts), jax.device_get(alone), rtol=1e-4, atol=1e-5
+        jax.device_get(cut), jax.device_get(alone), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_any_order_gives_the_loss(in_chunks):
+    batch = ragged()
+    read = put_loss_first(batch).replace(loss_first=np.arange(ROWS * T)[None])  # type: ignore
+    case.assert_trees_close(
+        one_update(LOSS, case.transformer(0), read),
+        expected_update(),
+        rtol=1e-4,
+        atol=1e-5,
     )

@@ -85,6 +85,12 @@ def test_the_device_draws_the_next_samples_while_the_host_decodes(sampler, monke
     ]
 
 
+def test_prompts_too_long_are_refused_before_any_is_sampled(sampler):
+    for ask in (sampler.width, lambda p: sampler(None, p, jax.random.key(0))):
+        with pytest.raises(DataError, match="1 of 2 prompts are longer than 8 tokens"):
+            ask(["abc", "abcdefghi"])
+
+
 def test_no_prompts_are_an_error_that_names_the_limit(sampler):
     with pytest.raises(DataError, match="no prompt of at most 8 tokens"):
         sampler(sampler.model.params, [], jax.random.key(0))

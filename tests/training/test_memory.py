@@ -377,11 +377,13 @@ def test_offloaded_models_are_held_only_while_they_score():
 HALF = Memory(parameters=2**29, activations=2**30, least=2**30)
 
 
-def require(monkeypatch, limit: int | None, memory: Memory, model=None, rows=2.0):
+def require(
+    monkeypatch, limit: int | None, memory: Memory, model=None, rows=2, mesh=(1, 1)
+):
     monkeypatch.setattr(room, "device_limit", lambda _: limit)
     lengths = ("ppo.prompt_len", "ppo.sampling.response_len")
-    mesh = some_devices(1, 1)
-    room.require_room("ppo", memory, model or shape(), lengths, mesh, rows)
+    mesh_of_run = some_devices(*mesh)
+    room.require_room("ppo", memory, model or shape(), lengths, mesh_of_run, rows)
 
 
 def test_advice_on_frozen_models_ends_with_none_on_the_device(monkeypatch):
@@ -431,13 +433,29 @@ def test_advice_leaves_out_what_is_done_already(monkeypatch):
     )
 
 
-def test_no_more_microbatches_are_advised_than_a_device_has_rows(monkeypatch):
-    for rows, divisible in ((2.0, True), (1.0, False), (0.5, False)):
+@pytest.mark.parametrize(
+    ("rows", "mesh", "divisible"),
+    [
+        (2, (1, 1, 1), True),
+        (1, (1, 1, 1), False),
+        (4, (2, 1, 1), True),
+        (2, (2, 1, 1), False),
+        (2, (1, 2, 1), False),
+        (2, (1, 1, 2), True),  # the two share both rows
+    ],
+)
+def test_a_microbatch_of_single_rows_is_not_advised_to_be_cut(
+    monkeypatch, rows, mesh, divisible
+):
+    for frozen in (0, 1):
+        memory = dataclasses.replace(HALF, frozen=frozen, least=2**31)
         with pytest.raises(room.MemoryLimitError) as error:
-            require(monkeypatch, 2**29, HALF, rows=rows)
+            require(monkeypatch, 2**30, memory, rows=rows, mesh=mesh)
         named = fields_of(str(error.value))
         assert ("ppo.num_microbatches" in named) == divisible
-        assert named
+        # samples and scores are of all its rows, whatever the microbatches
+        assert ("ppo.batch_size" in named) == bool(divisible or frozen)
+        assert "ppo.prompt_len" in named
 
 
 def test_samples_that_do_not_fit_are_refused_with_fields_to_change(monkeypatch):

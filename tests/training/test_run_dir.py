@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from rlhf_jax.nn.config import TransformerConfig
@@ -97,6 +98,14 @@ def test_a_stage_that_was_refused_before_it_wrote_anything_is_made_anew(tmp_path
     opened(tmp_path / "sft", Config(steps=4))
     with pytest.raises(RunDirError, match="steps: 4 there, 3 now"):
         opened(tmp_path / "sft")
+
+
+def test_processes_of_one_run_with_other_options_are_refused(tmp_path, monkeypatch):
+    StageDir(tmp_path / "sft").open("sft", Config(), DATA, {})  # by the first of them
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(RunDirError, match="steps: 3 there, 4 now"):
+        StageDir(tmp_path / "sft").open("sft", Config(steps=4), DATA, {})
+    StageDir(tmp_path / "sft").open("sft", Config(), DATA, {})
 
 
 def test_other_data_is_a_difference(tmp_path):
