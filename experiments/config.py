@@ -95,17 +95,7 @@ class InstructGPT:
         shards = data * fsdp
         if self.data is None and self.files == REAL_FILES:
             raise DataError("this preset reads files of yours: give --data DIR")
-        stages = (
-            "tokenizer",
-            "pretrain",
-            "sft",
-            "sft_rl",
-            "collect",
-            "reward_model",
-            "ppo",
-        )
-        for name in (*stages, "ppo_ptx", "evaluate"):
-            _check_counts(name, getattr(self, name))
+        _check_counts("", self)
         batches = {
             "pretrain": (self.pretrain.batch_size, self.pretrain.num_microbatches),
             "ppo": (self.ppo.batch_size, 1),
@@ -190,9 +180,9 @@ class InstructGPT:
 def _check_counts(prefix: str, config: Any) -> None:
     """Refuses counts and lengths below 1 in a config and those inside it."""
     for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), f"{prefix}.{field.name}"
+        value, name = getattr(config, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):
-            _check_counts(name, value)
+            _check_counts(f"{name}.", value)
         is_count = field.name.startswith(
             ("num_", "min_", "max_", "eval_", "batch_", "labelers_per_")
         )

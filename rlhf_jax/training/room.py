@@ -125,8 +125,7 @@ def require_room_to_train(
     """
     rows = batch_size / mesh.size
     memory = train_step(model, row, rows, num_microbatches, num_holders(mesh))
-    at_a_time = batch_size / num_microbatches
-    require_room(name, memory, model, lengths, mesh, at_a_time)
+    require_room(name, memory, model, lengths, mesh, batch_size / num_microbatches)
 
 
 def require_room_to_sample(
