@@ -56,6 +56,7 @@ _CHECKPOINT = "rlhf_jax/training/checkpoint.py"
 _BATCHES = "rlhf_jax/data/batches.py"
 _SCHEDULE = "rlhf_jax/data/schedule.py"
 _PACKING = "rlhf_jax/data/packing.py"
+_RANKINGS = "rlhf_jax/data/ranking_batches.py"
 
 _T_PPO = "objectives/test_ppo.py"
 _T_ADVANTAGES = "objectives/test_advantages.py"
@@ -269,23 +270,51 @@ MUTATIONS = (
     Mutation(
         "attention to the next token",
         _ATTENTION,
-        "jnp.arange(end)[None] <= rows)",
-        "jnp.arange(end)[None] <= rows + 1)",
+        "mask = key <= query",
+        "mask = key <= query + 1",
         _T_TRANSFORMER,
     ),
     Mutation(
         "every block of queries begins at position 0",
         _ATTENTION,
-        "rows = jnp.arange(start, end)[:, None]",
-        "rows = jnp.arange(end - start)[:, None]",
+        "for a in (start, 0))",
+        "for a in (0, 0))",
         "nn/test_attention.py",
     ),
     Mutation(
         "attention across documents",
         _ATTENTION,
-        "return mask & (here == there)",
-        "return mask | (here == there)",
+        "mask &= other == own",
+        "mask |= other == own",
         "nn/test_attention.py",
+    ),
+    Mutation(
+        "packed responses that read each other",
+        _ATTENTION,
+        "mask &= (other == own) | (other == 0)",
+        "mask &= (other == own) | (other <= own)",
+        "nn/test_attention.py",
+    ),
+    Mutation(
+        "packed responses that do not read their prompt",
+        _ATTENTION,
+        "mask &= (other == own) | (other == 0)",
+        "mask &= other == own",
+        "nn/test_attention.py",
+    ),
+    Mutation(
+        "packed responses that go on where the one before ended",
+        _RANKINGS,
+        "first = len(prompt) if branch else 0",
+        "first = begin",
+        _T_BATCHES,
+    ),
+    Mutation(
+        "an empty packed response read at the end of the one before",
+        _RANKINGS,
+        "(end if len(ids) else asked) - 1",
+        "end - 1",
+        _T_BATCHES,
     ),
     Mutation(
         "a document that does not hold its end",
@@ -661,8 +690,8 @@ MUTATIONS = (
     Mutation(
         "processes that hold a row too few",
         _PACKING,
-        "num_mine = -(-fullest // count)",
-        "num_mine = max(1, fullest // count)",
+        "num_mine = -(-num_rows // count)",
+        "num_mine = max(1, num_rows // count)",
         "data/test_packing.py",
     ),
     Mutation(

@@ -85,6 +85,7 @@ def cases(repeats: int, out: Path) -> dict[Group, list[Callable[[], list[Row]]]]
             lambda: reward_model.against_pairs(4, 8.0, repeats),
             lambda: reward_model.against_pairs(9, 28.0, repeats // 2),
             lambda: reward_model.token_law(9, repeats),
+            lambda: reward_model.varying(repeats),
         ],
         "ppo": [
             lambda: ppo.iteration(8192, 1.8, repeats),

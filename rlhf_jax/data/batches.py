@@ -13,7 +13,7 @@ from typing import Any, Literal
 import flax.struct
 import numpy as np
 
-from rlhf_jax.data.packing import shared_rows
+from rlhf_jax.data.packing import fullest_rows, shared_rows
 from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.records import DataError, Demonstration, Prompt
 from rlhf_jax.data.schedule import Batches, Shard
@@ -152,7 +152,9 @@ def demonstration_batches(
     T = fitted_width(lengths, seq_len) if width is None else width
     share = None
     if num_epochs is not None:
-        share = shared_rows(lengths, T, batch_size, seed, num_epochs, shard)
+        most = 3 * batch_size // 4
+        found = fullest_rows(lengths, T, batch_size, seed, num_epochs, most)
+        share = found and shared_rows(lengths, T, found[0], shard)
 
     def make_batch(mine: np.ndarray, batch: np.ndarray, size: int) -> TokenBatch:
         alone = [[i] for i in mine] + [[]] * (size - len(mine))

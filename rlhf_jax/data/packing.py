@@ -31,48 +31,72 @@ def first_fit(lengths: Sequence[int] | np.ndarray, width: int) -> list[list[int]
     return rows
 
 
-def shared_rows(
+def fullest_rows(
     lengths: np.ndarray,
     width: int,
     batch_size: int,
     seed: int | None,
     num_epochs: int,
-    shard: Shard = (0, 1),
-) -> Callable[[np.ndarray], list[np.ndarray]] | None:
-    """How the sequences of each batch share rows: as many as the fullest batch needs.
+    most: int,
+) -> tuple[int, int] | None:
+    """What the fullest of all batches needs, so that all can have one shape.
 
-    Looks through all batches once: 0.4 ms for 32 sequences. Processes hold the rows of
-    the whole batch in turn, so these are the same however many processes there are;
-    rows without a sequence come last.
+    Looks through them once: 0.4 ms for 32 sequences.
 
     Args:
         lengths: tokens of each sequence, [N].
         width: tokens of a row, T.
         batch_size: sequences of the global batch, B.
         seed: of their order, see `Batches`.
-        num_epochs: that will be read.
+        num_epochs: that will be read (1 in order).
+        most: rows that are worth sharing.
+
+    Returns:
+        Most rows of a global batch, and most sequences of a row; None where a batch
+        needs more rows than `most`.
+    """
+    orders = Batches(lambda mine, batch, size: batch, len(lengths), batch_size, seed)
+    num_rows, num_shared = 0, 0
+    for step in range(num_epochs * orders.steps_per_epoch):
+        rows = first_fit(lengths[orders(step)], width)
+        num_rows = max(num_rows, len(rows))
+        num_shared = max(num_shared, *map(len, rows))
+        if num_rows > most:
+            return None
+    return num_rows, num_shared
+
+
+def shared_rows(
+    lengths: np.ndarray, width: int, num_rows: int, shard: Shard = (0, 1)
+) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """How the sequences of each batch share its rows.
+
+    Processes hold the rows of the whole batch in turn, so these are the same however
+    many processes there are; rows without a sequence come last.
+
+    Args:
+        lengths: tokens of each sequence, [N].
+        width: tokens of a row, T.
+        num_rows: of every global batch.
         shard: (index, count) of this process.
 
     Returns:
         Sequences of the global batch -> those of each row of this process, equally many
-        rows for every batch; None where not a quarter of B rows is saved.
+        rows for every batch.
 
     Raises:
-        IndexError: by the result, for a batch of a later epoch with more rows.
+        IndexError: by the result, for a batch that needs more rows.
     """
-    orders = Batches(lambda mine, batch, size: batch, len(lengths), batch_size, seed)
-    fullest = 0
-    for step in range(num_epochs * orders.steps_per_epoch):
-        fullest = max(fullest, len(first_fit(lengths[orders(step)], width)))
-        if 4 * fullest > 3 * batch_size:
-            return None
     index, count = shard
-    num_mine = -(-fullest // count)
+    num_mine = -(-num_rows // count)
 
     def rows_of(batch: np.ndarray) -> list[np.ndarray]:
         rows = [batch[row] for row in first_fit(lengths[batch], width)]
         if len(rows) > num_mine * count:
-            raise IndexError(f"a batch of more rows than any of {num_epochs} epochs")
+            raise IndexError(
+                f"a batch needs {len(rows)} rows, more than the {num_rows} that the "
+                "epochs asked for need"
+            )
         rows += [batch[:0]] * (num_mine * count - len(rows))
         return rows[index * num_mine : (index + 1) * num_mine]
 

@@ -1,16 +1,22 @@
-"""Rankings to NumPy batches: prompts with K ranked responses each."""
+"""Rankings to NumPy batches: prompts with K ranked responses each.
 
+`RankingBatch` pads every prompt and response; `PackedRankings` holds them one after the
+other, several rankings a row, and so has fewer positions where lengths vary.
+"""
+
+import dataclasses
 from collections.abc import Sequence
 
 import flax.struct
 import numpy as np
 
 from rlhf_jax.data.batches import Array, check_any, pad_prompts
+from rlhf_jax.data.packing import fullest_rows, shared_rows
 from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.records import DataError, Ranking
 from rlhf_jax.data.schedule import Batches, Shard
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.data.widths import fitted_width
+from rlhf_jax.data.widths import WIDTH_STEP, fitted_width
 
 
 @flax.struct.dataclass
@@ -29,84 +35,249 @@ class RankingBatch:
     """[B, K] int32; 1 is best, equal ranks tie, 0 is an absent response."""
 
 
-def ranking_batches(
+@flax.struct.dataclass
+class PackedRankings:
+    """The same in rows `[prompt, response 1, ..., response K, next prompt, ...]`."""
+
+    tokens: Array
+    """[N, T] int32."""
+    positions: Array
+    """[N, T] int32, from 0 in a prompt, each response going on from its end."""
+    documents: Array
+    """[N, T] int32, which ranking of the row a token is of."""
+    branches: Array
+    """[N, T] int32, which response of it, from 1; 0 is the prompt."""
+    last: Array
+    """[N, G, K] int32, where in its row each response ends; 0 where absent."""
+    ranks: Array
+    """[N, G, K] int32, see `RankingBatch`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedRanking:
+    """A ranking's ids, and the record without the responses that were too long."""
+
+    record: Ranking
+    prompt: np.ndarray
+    responses: list[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.responses))
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedRankings:
+    """Rankings that fit, and what became of the others.
+
+    Attributes:
+        kept: in the order read.
+        num_read: rankings before any was left out.
+        num_dropped_responses: too long, of all rankings.
+        limits: most tokens of a prompt and of a response.
+        longest: tokens of a prompt and of a response before any was left out.
+        pad_id: id of padding.
+    """
+
+    kept: list[EncodedRanking]
+    num_read: int
+    num_dropped_responses: int
+    limits: tuple[int, int]
+    longest: tuple[int, int]
+    pad_id: int
+
+    @property
+    def num_dropped(self) -> int:
+        """Rankings left out."""
+        return self.num_read - len(self.kept)
+
+    @property
+    def num_responses(self) -> int:
+        """Most responses of a ranking, K."""
+        return max(len(ranking.responses) for ranking in self.kept)
+
+    def check_any(self) -> None:
+        """Raises DataError where none is left."""
+        check_any("rankings", range(self.num_read))
+        if not self.kept:
+            (prompt, response), (prompt_len, response_len) = self.longest, self.limits
+            raise DataError(
+                f"rankings: none of {self.num_read} is left: prompts have up to "
+                f"{prompt} tokens (prompt_len {prompt_len}), responses up to "
+                f"{response} (response_len {response_len}), and two responses must "
+                "differ in rank. Raise prompt_len or response_len."
+            )
+
+
+def encode_rankings(
     rankings: Sequence[Ranking],
     tokenizer: Tokenizer,
     format: PromptFormat,
-    batch_size: int,
     prompt_len: int,
     response_len: int,
     num_responses: int,
-    seed: int | None,
-    shard: Shard = (0, 1),
-) -> Batches[RankingBatch]:
-    """Batches of prompts with up to K ranked responses.
+) -> EncodedRankings:
+    """Ids of the rankings that fit.
 
     A response with more than response_len tokens is left out of its ranking; a ranking
     is left out when its prompt has more than prompt_len tokens, or when no two of its
-    responses differ in rank. Both are counted. P, K and R are what the rest needs.
+    responses differ in rank. Both are counted.
 
     Args:
         rankings: records.
         tokenizer: gives the ids.
         format: joins prompt and response.
-        batch_size: rows of the global batch, B.
         prompt_len: longest prompt in tokens.
         response_len: longest response in tokens with its end token.
         num_responses: most responses of a ranking.
-        seed: of the order; None reads in order.
-        shard: (index, count) of this process.
 
     Raises:
-        DataError: a ranking has more than num_responses, or no ranking is left.
+        DataError: a ranking has more than num_responses.
     """
-    check_any("rankings", rankings)
-    prompts = [format.encode_prompt(tokenizer, r.prompt) for r in rankings]
     kept = []
-    longest, num_dropped_responses = 0, 0
-    for i, (ranking, prompt) in enumerate(zip(rankings, prompts, strict=True)):
+    longest_prompt, longest_response, num_dropped_responses = 0, 0, 0
+    for i, ranking in enumerate(rankings):
         if len(ranking.responses) > num_responses:
             raise DataError(
                 f"rankings: record {i} has {len(ranking.responses)} responses, more "
                 f"than num_responses {num_responses}. Raise num_responses."
             )
+        prompt = format.encode_prompt(tokenizer, ranking.prompt)
         encoded = [
             format.encode_response(tokenizer, response, ended)
             for response, ended in zip(ranking.responses, ranking.ended, strict=True)
         ]
-        longest = max(longest, *(len(ids) for ids in encoded))
-        fitting = [
-            (ids, rank)
-            for ids, rank in zip(encoded, ranking.ranks, strict=True)
-            if len(ids) <= response_len
-        ]
+        longest_prompt = max(longest_prompt, len(prompt))
+        longest_response = max(longest_response, *map(len, encoded))
+        fitting = [k for k, ids in enumerate(encoded) if len(ids) <= response_len]
         num_dropped_responses += len(encoded) - len(fitting)
-        if len(prompt) <= prompt_len and len({rank for _, rank in fitting}) > 1:
-            kept.append((prompt, fitting))
-    if not kept:
-        raise DataError(
-            f"rankings: none of {len(rankings)} is left: prompts have up to "
-            f"{max(map(len, prompts))} tokens (prompt_len {prompt_len}), responses up "
-            f"to {longest} (response_len {response_len}), and two responses must "
-            "differ in rank. Raise prompt_len or response_len."
+        record = dataclasses.replace(
+            ranking,
+            responses=tuple(ranking.responses[k] for k in fitting),
+            ranks=tuple(ranking.ranks[k] for k in fitting),
+            ended=tuple(ranking.ended[k] for k in fitting),
         )
+        if len(prompt) <= prompt_len and len(set(record.ranks)) > 1:
+            kept.append(EncodedRanking(record, prompt, [encoded[k] for k in fitting]))
+    limits, longest = (prompt_len, response_len), (longest_prompt, longest_response)
+    sizes = limits, longest, tokenizer.pad_id
+    return EncodedRankings(kept, len(rankings), num_dropped_responses, *sizes)
 
-    P = fitted_width([len(prompt) for prompt, _ in kept], prompt_len)
-    K = max(len(ranked) for _, ranked in kept)
-    R = fitted_width([len(x) for _, ranked in kept for x, _ in ranked], response_len)
+
+def ranking_batches(
+    rankings: EncodedRankings,
+    batch_size: int,
+    seed: int | None,
+    shard: Shard = (0, 1),
+) -> Batches[RankingBatch]:
+    """Batches [B] of prompts [P] with up to K ranked responses [R].
+
+    P, K and R are what all of the rankings need.
+
+    Args:
+        rankings: of `encode_rankings`.
+        batch_size: rows of the global batch, B.
+        seed: of the order; None reads in order.
+        shard: (index, count) of this process.
+
+    Raises:
+        DataError: there is no ranking.
+    """
+    rankings.check_any()
+    kept = rankings.kept
+    P, R = _widths(rankings)
+    K = rankings.num_responses
 
     def make_batch(mine: np.ndarray, _: np.ndarray, size: int) -> RankingBatch:
         rows = [kept[i] for i in mine]
-        responses = np.full((size, K, R), tokenizer.pad_id, np.int32)
+        responses = np.full((size, K, R), rankings.pad_id, np.int32)
         lengths, ranks = np.zeros((2, size, K), np.int32)
-        for row, (_, ranked) in enumerate(rows):
-            for k, (ids, rank) in enumerate(ranked):
+        for row, ranking in enumerate(rows):
+            for k, ids in enumerate(ranking.responses):
                 responses[row, k, : len(ids)] = ids
-                lengths[row, k], ranks[row, k] = len(ids), rank
-        asked = pad_prompts([p for p, _ in rows], size, P, tokenizer.pad_id)
+                lengths[row, k] = len(ids)
+            ranks[row, : len(ranking.responses)] = ranking.record.ranks
+        asked = pad_prompts([r.prompt for r in rows], size, P, rankings.pad_id)
         return RankingBatch(
             asked.prompts, asked.prompt_lengths, responses, lengths, ranks
         )
 
-    counts = (len(rankings) - len(kept), num_dropped_responses)
+    counts = rankings.num_dropped, rankings.num_dropped_responses
     return Batches(make_batch, len(kept), batch_size, seed, shard, *counts)
+
+
+def packed_ranking_batches(
+    rankings: EncodedRankings,
+    batch_size: int,
+    seed: int,
+    num_epochs: int,
+    multiple: int = 1,
+    shard: Shard = (0, 1),
+) -> Batches[PackedRankings] | None:
+    """Batches of the same rankings in rows [N, T] that they share.
+
+    T is a multiple of 64, the longest ranking's or up to twice as wide, where each step
+    to wider rows saves a tenth of the positions; N is what the fullest batch needs.
+
+    Args:
+        rankings, batch_size, seed, shard: of `ranking_batches`.
+        num_epochs: that will be read.
+        multiple: that N shall be of, e.g. devices times microbatches.
+
+    Returns:
+        None where not a tenth of the positions of `ranking_batches` is saved.
+
+    Raises:
+        DataError: there is no ranking.
+    """
+    rankings.check_any()
+    kept = rankings.kept
+    P, R = _widths(rankings)
+    K = rankings.num_responses
+    lengths = np.array([len(ranking) for ranking in kept])
+    least = -(-lengths.max() // WIDTH_STEP)  # steps
+    best, most = None, 0.9 * batch_size * (P - 1 + K * (R + 1))
+    for width in sorted({WIDTH_STEP * -(-least * n // 4) for n in (4, 5, 6, 8)}):
+        bound = int(most / width) // multiple * multiple
+        found = fullest_rows(lengths, width, batch_size, seed, num_epochs, bound)
+        if found is not None:
+            N = -(-found[0] // multiple) * multiple
+            best, most = (width, N, found[1]), 0.9 * N * width
+    if best is None:
+        return None
+    T, N, G = best
+    rows_of = shared_rows(lengths, T, N, shard)
+
+    def make_batch(_: np.ndarray, batch: np.ndarray, size: int) -> PackedRankings:
+        del size
+        rows = rows_of(batch)
+        tokens = np.full((len(rows), T), rankings.pad_id, np.int32)
+        positions, documents, branches = np.zeros((3, len(rows), T), np.int32)
+        last, ranks = np.zeros((2, len(rows), G, K), np.int32)
+        for row, shared in enumerate(rows):
+            begin = 0
+            for g, i in enumerate(shared):
+                prompt, responses = kept[i].prompt, kept[i].responses
+                documents[row, begin:] = g  # padding is of the last one's
+                asked = begin + len(prompt)
+                for branch, ids in enumerate([prompt, *responses]):
+                    end = begin + len(ids)
+                    first = len(prompt) if branch else 0
+                    tokens[row, begin:end] = ids
+                    positions[row, begin:end] = np.arange(first, first + len(ids))
+                    branches[row, begin:end] = branch
+                    if branch:  # an empty one is read where it would begin
+                        last[row, g, branch - 1] = (end if len(ids) else asked) - 1
+                    begin = end
+                ranks[row, g, : len(responses)] = kept[i].record.ranks
+        return PackedRankings(tokens, positions, documents, branches, last, ranks)
+
+    counts = rankings.num_dropped, rankings.num_dropped_responses
+    return Batches(make_batch, len(kept), batch_size, seed, shard, *counts)
+
+
+def _widths(rankings: EncodedRankings) -> tuple[int, int]:
+    """P and R of padded rows."""
+    prompt_len, response_len = rankings.limits
+    prompts = [len(ranking.prompt) for ranking in rankings.kept]
+    responses = [len(ids) for ranking in rankings.kept for ids in ranking.responses]
+    return fitted_width(prompts, prompt_len), fitted_width(responses, response_len)

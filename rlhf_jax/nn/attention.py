@@ -123,8 +123,53 @@ def causal_pairs(length: int) -> int:
     return sum((end - start) * end for start, end in blocks(length))
 
 
+def readable(queries: tuple[Array, ...], keys: tuple[Array, ...]) -> Array:
+    """Which keys each query reads: those up to its place, of its document and branch.
+
+    Args:
+        queries: int32 [B or 1, S] each: places in the row; if told, the documents they
+            are of; if told, their branches, of which number 0 is read by all others.
+        keys: the same, [B or 1, T].
+
+    Returns:
+        bool, [B or 1, S, T].
+    """
+    pairs = [(q[:, :, None], k[:, None]) for q, k in zip(queries, keys, strict=True)]
+    query, key = pairs[0]
+    mask = key <= query
+    if len(pairs) > 1:
+        own, other = pairs[1]
+        mask &= other == own
+    if len(pairs) > 2:
+        own, other = pairs[2]
+        mask &= (other == own) | (other == 0)
+    return mask
+
+
+def masked_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """softmax(q k^T / sqrt(H), of the keys read) v, the softmax in float32.
+
+    Args:
+        q: [B, S, N, H].
+        k, v: [B, T, N, H].
+        mask: bool, [B or 1, S, T], at least one key for each query.
+
+    Returns:
+        [B, S, N, H], the dtype of `v`.
+    """
+    if fused(q):
+        return fused_attention(q, k, v, mask)
+    scores = attention_scores("btnh,bsnh->bnts", q, k)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, NEG_INF), axis=-1)
+    return jnp.einsum("bnts,bsnh->btnh", weights.astype(v.dtype), v)
+
+
 def causal_attention(
-    q: Array, k: Array, v: Array, documents: Array | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    documents: Array | None = None,
+    branches: Array | None = None,
 ) -> Array:
     """Softmax attention of each position to itself and those before it.
 
@@ -136,30 +181,24 @@ def causal_attention(
         q, k, v: [B, T, N, H].
         documents: int32 [B, T], numbers of the documents packed in a row, across which
             nothing is read; None reads across them.
+        branches: int32 [B, T], parts of a document that read its part 0 and themselves
+            alone; None for whole documents.
 
     Returns:
         [B, T, N, H], the dtype of `v`.
     """
-
-    def allowed(start, end):  # [B or 1, end - start, end]
-        rows = jnp.arange(start, end)[:, None]
-        mask = (jnp.arange(end)[None] <= rows)[None]
-        if documents is None:
-            return mask
-        here, there = documents[:, start:end, None], documents[:, None, :end]
-        return mask & (here == there)
-
     T = q.shape[1]
-    if fused(q):
-        return fused_attention(q, k, v, None if documents is None else allowed(0, T))
-    if flash(q):
+    told = [x for x in (documents, branches) if x is not None]
+    if fused(q) and not told:
+        return fused_attention(q, k, v)
+    if flash(q) and branches is None:
         return flash_attention(q, k, v, documents)
+    where = (jnp.arange(T)[None], *told)
     parts = []
-    for start, end in blocks(T):
-        scores = attention_scores("btnh,bsnh->bnts", q[:, start:end], k[:, :end])
-        scores = jnp.where(allowed(start, end)[:, None], scores, NEG_INF)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        parts.append(jnp.einsum("bnts,bsnh->btnh", weights, v[:, :end]))
+    for start, end in [(0, T)] if fused(q) else blocks(T):
+        queries, keys = (tuple(x[:, a:end] for x in where) for a in (start, 0))
+        mask = readable(queries, keys)
+        parts.append(masked_attention(q[:, start:end], k[:, :end], v[:, :end], mask))
     return jnp.concatenate(parts, axis=1)
 
 

@@ -1,7 +1,8 @@
 """K responses that share one prompt, computed once: exact, and fewer positions.
 
 The row is `[prompt, response 1, ..., response K]`; each response attends to the prompt
-and to itself, and positions restart after the prompt.
+and to itself, and positions restart after the prompt. Rows of fixed widths hold what
+was sampled; rankings, whose lengths are known before, are packed.
 """
 
 import functools
@@ -16,6 +17,8 @@ from rlhf_jax.nn.attention import (
     causal_attention,
     fused,
     fused_attention,
+    masked_attention,
+    readable,
 )
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.transformer import Params, check_length, transformer
@@ -93,6 +96,39 @@ def last_response_states(
     rows = stem + jnp.arange(K)[None] * (R + 1) + lengths
     attend = _attend(prompt_lengths, responses, row)
     return transformer(params, *row, attend, cfg, last=(rows, attend_last))
+
+
+def packed_last_states(
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    documents: Array,
+    branches: Array,
+    last: Array,
+    cfg: TransformerConfig,
+) -> Array:
+    """The state after the last token of each response, of several prompts in a row.
+
+    `last_response_states` without padding between prompts and responses.
+
+    Args:
+        params: of `init_params`.
+        tokens, positions, documents, branches: int32, [N, T], see `PackedRankings`;
+            positions < cfg.max_len.
+        last: int32 in [0, T), [N, S], the places that are wanted.
+        cfg: shape of the model.
+
+    Returns:
+        [N, S, D].
+    """
+    chex.assert_equal_shape([tokens, positions, documents, branches])
+    places = jnp.arange(tokens.shape[1])[None]
+    of_last = (jnp.take_along_axis(x, last, axis=1) for x in (documents, branches))
+    mask = readable((last, *of_last), (places, documents, branches))
+    attend = functools.partial(causal_attention, documents=documents, branches=branches)
+    attend_last = functools.partial(masked_attention, mask=mask)
+    final = last, attend_last
+    return transformer(params, tokens, positions, attend, cfg, last=final)
 
 
 def _shared_row(prompts, prompt_lengths, responses, cfg) -> tuple[Array, Array]:

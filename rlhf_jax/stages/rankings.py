@@ -1,7 +1,5 @@
 """Rankings of a run: reading them, scoring them, and how well scores predict them."""
 
-import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -10,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data.inputs import cache_dir
-from rlhf_jax.data.ranking_batches import ranking_batches
+from rlhf_jax.data.ranking_batches import encode_rankings, ranking_batches
 from rlhf_jax.data.sources import DataError, Demonstration, Ranking, Split, load
 from rlhf_jax.evaluation.rankings import ranking_report
 from rlhf_jax.objectives.ranking import ranking_accuracy
@@ -55,19 +53,17 @@ class RankingScorer:
             all their responses in tokens, flattened in the same order.
         """
         cfg, model = self._cfg, self._model
-        kept = fitting_rankings(rankings, model, cfg.prompt_len, cfg.response_len)
-        if not kept:
-            return [], [], np.zeros((0,), np.int64)
-        batches = ranking_batches(
-            kept,
+        encoded = encode_rankings(
+            rankings,
             model.tokenizer,
             model.format,
-            self._rows,
             cfg.prompt_len,
             cfg.response_len,
             cfg.num_responses,
-            None,
         )
+        if not encoded.kept:
+            return [], [], np.zeros((0,), np.int64)
+        batches = ranking_batches(encoded, self._rows, None)
         scores: list[np.ndarray] = []
         lengths: list[np.ndarray] = []
         for step in range(batches.steps_per_epoch):
@@ -87,33 +83,8 @@ class RankingScorer:
                 if present.any():
                     scores.append(values[row][present])
                     lengths.append(np.asarray(host.response_lengths[row])[present])
+        kept = [ranking.record for ranking in encoded.kept]
         return kept, scores, np.concatenate(lengths)
-
-
-def fitting_rankings(
-    rankings: Sequence[Ranking], model: Model, prompt_len: int, response_len: int
-) -> list[Ranking]:
-    """Rankings without what is too long for a batch, where an ordered pair remains."""
-    kept = []
-    for ranking in rankings:
-        prompt = model.format.encode_prompt(model.tokenizer, ranking.prompt)
-        fits = [
-            len(model.format.encode_response(model.tokenizer, text, ended))
-            <= response_len
-            for text, ended in zip(ranking.responses, ranking.ended, strict=True)
-        ]
-        ranks = [rank for rank, fit in zip(ranking.ranks, fits, strict=True) if fit]
-        if len(prompt) > prompt_len or len(set(ranks)) < 2:
-            continue
-        kept.append(
-            dataclasses.replace(
-                ranking,
-                responses=tuple(itertools.compress(ranking.responses, fits)),
-                ranks=tuple(ranks),
-                ended=tuple(itertools.compress(ranking.ended, fits)),
-            )
-        )
-    return kept
 
 
 def read_rankings(ctx: Context, split: Split) -> dict[str, list[Ranking]]:

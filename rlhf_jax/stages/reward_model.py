@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import sys
 from typing import Any, Literal
 
 import jax
@@ -11,10 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from rlhf_jax.data.ranking_batches import RankingBatch, ranking_batches
+from rlhf_jax.data.ranking_batches import (
+    EncodedRankings,
+    PackedRankings,
+    RankingBatch,
+    encode_rankings,
+    packed_ranking_batches,
+    ranking_batches,
+)
+from rlhf_jax.data.schedule import Batches
 from rlhf_jax.data.sources import DataError
 from rlhf_jax.nn.config import TransformerConfig
-from rlhf_jax.nn.heads import init_scalar_head
+from rlhf_jax.nn.heads import init_scalar_head, scalar_head
+from rlhf_jax.nn.responses import packed_last_states
 from rlhf_jax.objectives.masking import masked_sum
 from rlhf_jax.objectives.ranking import (
     preferred_pairs,
@@ -26,12 +36,11 @@ from rlhf_jax.stages.rankings import (
     RankingScorer,
     accuracy,
     evaluate_rankings,
-    fitting_rankings,
     read_rankings,
     score_demonstrations,
 )
 from rlhf_jax.stages.scoring import response_scores
-from rlhf_jax.training.activations import on_accelerator, response_row
+from rlhf_jax.training.activations import Row, on_accelerator, response_row, text_row
 from rlhf_jax.training.loop import LoopConfig, run_loop
 from rlhf_jax.training.mesh import (
     jit_step,
@@ -79,10 +88,27 @@ class RewardModelConfig:
 
 @struct.dataclass
 class WeightedRankings:
-    """Rankings and the weight of each prompt in the loss."""
+    """Rankings and the weight of each in the loss."""
 
-    rankings: RankingBatch
-    weights: Array  # float32 [B], summing to 1 over the global batch
+    rankings: RankingBatch | PackedRankings
+    weights: Array  # float32 [B] or [N, G], summing to 1 over the global batch
+
+
+def packed_scores(
+    reward_model: Any, rankings: PackedRankings, model: TransformerConfig
+) -> Array:
+    """`response_scores` of packed rankings: float32 [N, G, K], reward units."""
+    last = rankings.last.reshape(len(rankings.last), -1)
+    states = packed_last_states(
+        reward_model["transformer"],
+        rankings.tokens,
+        rankings.positions,
+        rankings.documents,
+        rankings.branches,
+        last,
+        model,
+    )
+    return scalar_head(reward_model["head"], states).reshape(rankings.last.shape)
 
 
 def reward_loss(
@@ -92,7 +118,7 @@ def reward_loss(
 
     Args:
         params: `{"transformer", "head"}`.
-        batch: rankings of [B, K] responses and weights [B].
+        batch: rankings of [B, K] or packed [N, G, K] responses, and their weights.
         key: unused: the reward model is trained without dropout.
         model: shape.
 
@@ -101,22 +127,28 @@ def reward_loss(
     """
     del key
     rankings = batch.rankings
-    scores = response_scores(
-        params,
-        rankings.prompts,
-        rankings.prompt_lengths,
-        rankings.responses,
-        rankings.response_lengths,
-        model,
-    )
-    pairs = preferred_pairs(rankings.ranks)
+    if isinstance(rankings, PackedRankings):
+        scores = packed_scores(params, rankings, model)
+    else:
+        scores = response_scores(
+            params,
+            rankings.prompts,
+            rankings.prompt_lengths,
+            rankings.responses,
+            rankings.response_lengths,
+            model,
+        )
+    K = scores.shape[-1]
+    scores, ranks = scores.reshape(-1, K), rankings.ranks.reshape(-1, K)
+    weights = batch.weights.reshape(-1)
+    pairs = preferred_pairs(ranks)
     margins = jnp.where(pairs, scores[:, :, None] - scores[:, None, :], 0.0)
     num_pairs = jnp.maximum(jnp.sum(pairs, axis=(1, 2), dtype=jnp.float32), 1.0)
     extras = {
-        "accuracy": masked_sum(ranking_accuracy(scores, rankings.ranks), batch.weights),
-        "margin": masked_sum(jnp.sum(margins, axis=(1, 2)) / num_pairs, batch.weights),
+        "accuracy": masked_sum(ranking_accuracy(scores, ranks), weights),
+        "margin": masked_sum(jnp.sum(margins, axis=(1, 2)) / num_pairs, weights),
     }
-    return masked_sum(ranking_loss(scores, rankings.ranks), batch.weights), extras
+    return masked_sum(ranking_loss(scores, ranks), weights), extras
 
 
 def center(params: Any, scores: np.ndarray) -> Any:
@@ -124,6 +156,35 @@ def center(params: Any, scores: np.ndarray) -> Any:
     head = params["head"]
     shift = head["shift"] + jnp.float32(np.mean(scores, dtype=np.float64))
     return params | {"head": head | {"shift": shift}}
+
+
+def training_batches(
+    cfg: RewardModelConfig, ctx: Context, rankings: EncodedRankings
+) -> tuple[Batches[Any], Row, int]:
+    """Batches of rankings, packed where that saves a tenth of the positions.
+
+    Returns:
+        step -> `PackedRankings` or `RankingBatch` of this process; what is computed of
+        each row; rows of a global batch.
+    """
+    how = (rankings, cfg.batch_size, ctx.data_seed("reward_model"))
+    parts = num_local_shards(ctx.mesh) * jax.process_count() * cfg.num_microbatches
+    packed = packed_ranking_batches(*how, cfg.num_epochs, parts, ctx.shard)
+    if packed is None:
+        batches = ranking_batches(*how, ctx.shard)
+        first = batches(0)
+        P, (_, K, R) = first.prompts.shape[1], first.responses.shape
+        row = response_row(P, K, R, on_accelerator(), last_only=True)
+        return batches, row, cfg.batch_size
+    first = packed(0)
+    num_rows, T = first.tokens.shape
+    num_rows *= jax.process_count()
+    row = text_row(T, on_accelerator())
+    row = dataclasses.replace(row, logits=0, last=first.last[0].size)
+    if jax.process_index() == 0:
+        held = f"{cfg.batch_size} rankings in {num_rows} rows of {T} tokens"
+        print(f"reward_model: {held}", file=sys.stderr)
+    return packed, row, num_rows
 
 
 def run(cfg: RewardModelConfig, ctx: Context) -> None:
@@ -149,33 +210,26 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
     base = load_model(parents[cfg.init_from], ctx.mesh, "language_model")
     train = list(itertools.chain(*read_rankings(ctx, "train").values()))
     valid = list(itertools.chain(*read_rankings(ctx, "valid").values()))
-    batches = ranking_batches(
-        train,
-        base.tokenizer,
-        base.format,
-        cfg.batch_size,
-        cfg.prompt_len,
-        cfg.response_len,
-        cfg.num_responses,
-        ctx.data_seed("reward_model"),
-        shard=ctx.shard,
+    encode = functools.partial(
+        encode_rankings,
+        tokenizer=base.tokenizer,
+        format=base.format,
+        prompt_len=cfg.prompt_len,
+        response_len=cfg.response_len,
+        num_responses=cfg.num_responses,
     )
-    first = batches(0)
-    P, (_, K, R) = first.prompts.shape[1], first.responses.shape
-    row = response_row(P, K, R, on_accelerator(), last_only=True)
-    batch = (cfg.batch_size, cfg.num_microbatches)
+    batches, row, num_rows = training_batches(cfg, ctx, encode(train))
     lengths = ("reward_model.prompt_len", "reward_model.response_len")
+    batch = (num_rows, cfg.num_microbatches)
     require_room_to_train("reward_model", base.cfg, row, *batch, lengths, ctx.mesh)
 
-    def weighted(step: int) -> WeightedRankings:
-        rankings = batches(step)  # every ranking kept has an ordered pair
-        rows = len(rankings.prompts)
-        return WeightedRankings(
-            rankings=rankings,
-            weights=np.full((rows,), 1.0 / cfg.batch_size, np.float32),  # type: ignore
-        )
-
     multiple = num_local_shards(ctx.mesh) * cfg.num_microbatches
+
+    def weighted(step: int) -> WeightedRankings:
+        batch = batches(step)  # every ranking kept has an ordered pair
+        weights = np.float32(np.any(batch.ranks > 0, axis=-1) / cfg.batch_size)
+        return pad_rows(WeightedRankings(batch, weights), multiple)  # type: ignore
+
     num_steps = cfg.num_epochs * batches.steps_per_epoch
     key = ctx.key("reward_model")
     make = lambda transformer: init_state(  # noqa: E731
@@ -197,7 +251,7 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
     )
     compiled = jit_step(step_fn, ctx.mesh, sharding)
     scorer = RankingScorer(cfg, base, ctx)
-    if not fitting_rankings(valid, base, cfg.prompt_len, cfg.response_len):
+    if not encode(valid).kept:
         raise DataError(
             f"rankings (valid): of {len(valid)} none is left with an ordered pair of "
             f"responses: prompt_len is {cfg.prompt_len}, response_len "
@@ -216,7 +270,7 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         step_fn=compiled,
         rest=(scalars,),
         state=state,
-        batches=lambda step: pad_rows(weighted(step), multiple),
+        batches=weighted,
         num_steps=num_steps,
         mesh=ctx.mesh,
         grads_like=state.params,

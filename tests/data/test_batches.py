@@ -13,7 +13,11 @@ from rlhf_jax.data.batches import (
     prompt_batches,
 )
 from rlhf_jax.data.prompts import PromptFormat
-from rlhf_jax.data.ranking_batches import ranking_batches
+from rlhf_jax.data.ranking_batches import (
+    encode_rankings,
+    packed_ranking_batches,
+    ranking_batches,
+)
 from rlhf_jax.data.records import DataError, Demonstration, Prompt, Ranking
 
 FORM = PromptFormat(prefix="", suffix=":", separator=" ")
@@ -73,9 +77,8 @@ def build(kind, count, batch_size, seed, shard=(0, 1)):
                 records, LETTERS, FORM, batch_size, 8, seed, shard=shard
             )
         case "rankings":
-            return ranking_batches(
-                rankings(count), LETTERS, FORM, batch_size, 5, 4, 3, seed, shard
-            )
+            encoded = encode_rankings(rankings(count), LETTERS, FORM, 5, 4, 3)
+            return ranking_batches(encoded, batch_size, seed, shard)
         case "prompts":
             return prompt_batches(
                 prompts(count), LETTERS, FORM, batch_size, 5, seed, shard
@@ -355,7 +358,8 @@ def test_rankings_are_laid_out_with_lengths_and_ranks():
         Ranking("p", ("a", "_b", ""), (2, 1, 2), (True, False, True)),
         Ranking("qq", ("c", "dd"), (7, 3), (True, True)),
     ]
-    batch = ranking_batches(records, LETTERS, FORM, 2, 4, 3, 4, None)(0)
+    encoded = encode_rankings(records, LETTERS, FORM, 4, 3, 4)
+    batch = ranking_batches(encoded, 2, None)(0)
     np.testing.assert_array_equal(batch.prompts, [ids("p:.."), ids("qq:.")])
     np.testing.assert_array_equal(batch.prompt_lengths, [2, 3])
     np.testing.assert_array_equal(
@@ -380,20 +384,98 @@ def test_long_responses_and_rankings_without_a_pair_are_counted():
         Ranking("longp", ("a", "b", "c"), (1, 2, 3), ended),  # prompt too long
         Ranking("p", ("cc", "d", "e"), (1, 2, 3), ended),  # fits exactly
     ]
-    batches = ranking_batches(records, LETTERS, FORM, 2, 3, 3, 3, None)
+    encoded = encode_rankings(records, LETTERS, FORM, 3, 3, 3)
+    batches = ranking_batches(encoded, 2, None)
     assert (batches.num_examples, batches.num_dropped) == (2, 4)
     assert batches.num_dropped_responses == 4
     np.testing.assert_array_equal(batches(0).ranks, [[1, 2, 0], [1, 2, 3]])
+    nothing = encode_rankings(records[1:5], LETTERS, FORM, 3, 3, 3)
     with pytest.raises(DataError) as caught:
-        ranking_batches(records[1:5], LETTERS, FORM, 2, 3, 3, 3, None)
+        ranking_batches(nothing, 2, None)
     for words in ("none of 4 is left", "6 tokens (prompt_len 3)", "6 (response_len 3)"):
         assert words in str(caught.value)
+
+
+def laid_out(batch):
+    """Sorted (prompt, [(response, rank)]) of packed rankings, by their own arrays."""
+    found = []
+    for n, g in np.argwhere((batch.ranks > 0).any(axis=2)):
+        tokens, positions, branches = (
+            x[n] for x in (batch.tokens, batch.positions, batch.branches)
+        )
+        here = np.flatnonzero(batch.documents[n] == g)
+        here = here[here <= max(here[0], batch.last[n, g].max())]  # padding is behind
+        asked = here[branches[here] == 0]
+        np.testing.assert_array_equal(positions[asked], np.arange(len(asked)))
+        responses = []
+        for k in np.flatnonzero(batch.ranks[n, g]):
+            own = here[branches[here] == k + 1]
+            following = len(asked) + np.arange(len(own))
+            np.testing.assert_array_equal(positions[own], following)
+            assert batch.last[n, g, k] == (own if len(own) else asked)[-1]
+            responses.append((tokens[own].tolist(), int(batch.ranks[n, g, k])))
+        found.append((tokens[asked].tolist(), responses))
+    return sorted(found)
+
+
+def padded(batch):
+    """The same of padded ones."""
+    found = []
+    for b in range(len(batch.ranks)):
+        prompt = batch.prompts[b, : batch.prompt_lengths[b]]
+        kept = np.flatnonzero(batch.ranks[b])
+        sizes = batch.response_lengths[b]
+        responses = [batch.responses[b, k, : sizes[k]].tolist() for k in kept]
+        ranks = batch.ranks[b, kept].tolist()
+        found.append((prompt.tolist(), list(zip(responses, ranks, strict=True))))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_packed_rankings_have_one_shape_and_lose_nothing(processes):
+    rng = np.random.default_rng(0)
+
+    def ranking(i):
+        count = rng.integers(2, 6)
+        sizes = rng.integers(0, 30, count)
+        responses = tuple("abcdefgh"[(i + k) % 8] * n for k, n in enumerate(sizes))
+        ended = tuple(bool(x) for x in rng.integers(0, 2, count))
+        ranks = tuple(range(count, 0, -1))
+        return Ranking("i" * rng.integers(20), responses, ranks, ended)
+
+    encoded = encode_rankings([ranking(i) for i in range(50)], LETTERS, FORM, 20, 30, 5)
+    epochs, size, seed = 3, 8, 4
+    alone = ranking_batches(encoded, size, seed)
+    parts = [
+        packed_ranking_batches(encoded, size, seed, epochs, 2, (p, processes))
+        for p in range(processes)
+    ]
+    shapes = set()
+    for step in range(epochs * alone.steps_per_epoch):
+        made = [part(step) for part in parts if part is not None]
+        shapes |= {tuple(x.shape for x in arrays(batch).values()) for batch in made}
+        found = sorted(ranking for batch in made for ranking in laid_out(batch))
+        assert found == padded(alone(step))
+    ((shape, *_),) = shapes
+    rows = shape[0] * processes
+    assert rows % 2 == 0 and shape[1] % 64 == 0
+    assert rows * shape[1] <= 0.9 * size * (20 - 1 + 5 * (30 + 1))
+
+
+def test_rankings_that_save_no_tenth_of_the_positions_stay_padded():
+    """P 3, K 2, R 40: 84 positions a ranking when padded, in rows of 64 or more."""
+    short = Ranking("p", ("a" * 20, "b"), (1, 2), (True, True))
+    long = Ranking("pp", ("a" * 39, "b" * 39), (1, 2), (True, True))
+    for records, num_packed in (([short, long] * 2, 256), ([long] * 4, None)):
+        encoded = encode_rankings(records, LETTERS, FORM, 3, 40, 2)
+        packed = packed_ranking_batches(encoded, 4, 0, num_epochs=1)
+        assert num_packed == (packed and packed(0).tokens.size)
 
 
 def test_more_responses_than_the_shape_holds_is_an_error():
     records = [*rankings(2), Ranking("p", ("a",) * 4, (1, 2, 3, 4), (True,) * 4)]
     with pytest.raises(DataError, match="record 2 has 4 responses.* num_responses 3"):
-        ranking_batches(records, LETTERS, FORM, 1, 5, 4, 3, 0)
+        encode_rankings(records, LETTERS, FORM, 5, 4, 3)
 
 
 def test_prompts_are_padded_and_long_ones_counted():
@@ -407,11 +489,13 @@ def test_prompts_are_padded_and_long_ones_counted():
 
 
 def test_no_records_is_an_error_in_every_kind():
+    nothing = encode_rankings([], LETTERS, FORM, 4, 4, 2)
     for make in (
         lambda: packed_batches([], LETTERS, 1, 4, 0),
         lambda: packed_batches([""], LETTERS, 1, 4, 0),
         lambda: demonstration_batches([], LETTERS, FORM, 1, 4, 0),
-        lambda: ranking_batches([], LETTERS, FORM, 1, 4, 4, 2, 0),
+        lambda: ranking_batches(nothing, 1, 0),
+        lambda: packed_ranking_batches(nothing, 1, 0, 1),
         lambda: prompt_batches([], LETTERS, FORM, 1, 4, 0),
     ):
         with pytest.raises(DataError, match="there are none|holds no text"):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_jax.data.packing import first_fit, shared_rows
+from rlhf_jax.data.packing import first_fit, fullest_rows, shared_rows
 from rlhf_jax.data.schedule import Batches
 
 SIZES = st.lists(st.integers(1, 10), min_size=1, max_size=60)
@@ -37,17 +37,28 @@ ORDERS = Batches(lambda mine, batch, size: batch, len(LENGTHS), SIZE, SEED)
 
 def test_the_fullest_batch_here_is_in_a_later_epoch():
     steps = range(EPOCHS * ORDERS.steps_per_epoch)
-    needed = [len(first_fit(LENGTHS[ORDERS(step)], WIDTH)) for step in steps]
+    rows = [first_fit(LENGTHS[ORDERS(step)], WIDTH) for step in steps]
+    needed = [len(batch) for batch in rows]
     assert max(needed) == FULLEST and FULLEST not in needed[: ORDERS.steps_per_epoch]
+    shared = max(len(row) for batch in rows for row in batch)
+    assert shared > max(len(row) for row in rows[needed.index(FULLEST)])
+
+    def found(epochs, most):
+        return fullest_rows(LENGTHS, WIDTH, SIZE, SEED, epochs, most)
+
+    assert found(EPOCHS, FULLEST) == (FULLEST, shared)
+    assert found(EPOCHS, FULLEST - 1) is None
+    once = found(1, FULLEST - 1)
+    assert once is not None and once[0] == FULLEST - 1
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_all_batches_have_the_rows_of_the_fullest_and_lose_nothing(processes):
     shards = [(p, processes) for p in range(processes)]
-    of = [shared_rows(LENGTHS, WIDTH, SIZE, SEED, EPOCHS, shard) for shard in shards]
+    of = [shared_rows(LENGTHS, WIDTH, FULLEST, shard) for shard in shards]
     for step in range(EPOCHS * ORDERS.steps_per_epoch):
         batch = ORDERS(step)
-        dealt = [rows_of(batch) for rows_of in of if rows_of is not None]
+        dealt = [rows_of(batch) for rows_of in of]
         assert {len(rows) for rows in dealt} == {-(-FULLEST // processes)}
         rows = [row.tolist() for part in dealt for row in part]
         assert sorted(itertools.chain(*rows)) == sorted(batch.tolist())
@@ -56,8 +67,7 @@ def test_all_batches_have_the_rows_of_the_fullest_and_lose_nothing(processes):
 
 
 def test_a_later_batch_with_more_rows_is_refused_not_cut():
-    rows_of = shared_rows(LENGTHS, WIDTH, SIZE, SEED, num_epochs=1)
-    assert rows_of is not None
-    with pytest.raises(IndexError, match="more rows than any of 1 epochs"):
+    rows_of = shared_rows(LENGTHS, WIDTH, FULLEST - 1)
+    with pytest.raises(IndexError, match=f"needs {FULLEST} rows, more than the 4"):
         for step in range(EPOCHS * ORDERS.steps_per_epoch):
             rows_of(ORDERS(step))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from letters import FORM, LETTERS
 
 from rlhf_jax.data.batches import demonstration_batches, prompt_batches
-from rlhf_jax.data.ranking_batches import ranking_batches
+from rlhf_jax.data.ranking_batches import encode_rankings, ranking_batches
 from rlhf_jax.data.records import Demonstration, Prompt, Ranking
 from rlhf_jax.data.widths import advise_width, fitted_width, width_bounds, width_groups
 
@@ -89,7 +89,8 @@ def test_batches_are_as_wide_as_the_longest_kept_record():
     assert made(0).tokens.shape == made(0).weights.shape == (1, 128)
 
     ranking = Ranking(long, ("a" * 65, "b", "c" * 900), (1, 2, 3), (True,) * 3)
-    made = ranking_batches([ranking], LETTERS, FORM, 1, 500, 500, 9, None)
+    encoded = encode_rankings([ranking], LETTERS, FORM, 500, 500, 9)
+    made = ranking_batches(encoded, 1, None)
     assert made(0).prompts.shape == (1, 256)
     assert made(0).responses.shape == (1, 2, 128)
     assert made(0).ranks.shape == (1, 2)

@@ -8,9 +8,13 @@ import numpy as np
 import oracle
 import pytest
 
-from rlhf_jax.nn import attention, responses
+from rlhf_jax.nn import attention, responses, transformer
 from rlhf_jax.nn.attention import document_numbers, document_positions
-from rlhf_jax.nn.responses import forward_responses, last_response_states
+from rlhf_jax.nn.responses import (
+    forward_responses,
+    last_response_states,
+    packed_last_states,
+)
 from rlhf_jax.nn.transformer import forward
 
 NORMS = ["pre", "post"]
@@ -173,3 +177,91 @@ def test_the_kernel_reads_the_prompt_and_the_own_branch_only(
         with_kernel(on)
         found.append(jax.jit(jax.grad(loss, has_aux=True))(params))
     chex.assert_trees_all_close(*found, atol=2e-4, rtol=1e-4)
+
+
+# Two rows: three responses (one empty) to three tokens and two to one; two to four.
+PACKED = [
+    [([5, 7, 3], [[1, 2], [], [4, 4, 9, 1]]), ([8], [[3], [3, 3]])],
+    [([2, 9, 1, 6], [[7, 1, 8, 2, 8], [5]])],
+]
+
+
+def packed(rows, width):
+    """Tokens, positions, documents, branches [N, width], and last [N, 5]."""
+    found = np.full((4, len(rows), width), 0, np.int32)
+    last = np.zeros((len(rows), 5), np.int32)
+    for n, row in enumerate(rows):
+        t, ends = 0, []
+        for document, (prompt, answers) in enumerate(row):
+            found[2, n, t:] = document
+            for branch, ids in enumerate([prompt, *answers]):
+                for place, token in enumerate(ids):
+                    position = place + (len(prompt) if branch else 0)
+                    found[:, n, t] = token, position, document, branch
+                    t += 1
+                if branch:
+                    ends.append(t - 1 if ids else ends[-1] - len(answers[branch - 2]))
+        last[n, : len(ends)] = ends
+    return (*found, last)
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["unrolled", "looped"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_packed_responses_have_the_states_they_have_alone(
+    monkeypatch, tiny, random_params, norm, few
+):
+    """In four blocks of queries; an empty response is the end of its prompt."""
+    monkeypatch.setattr(attention, "MIN_BLOCK", 4)
+    if not few:
+        monkeypatch.setattr(transformer, "MAX_UNROLLED", 0)
+    cfg = tiny(norm=norm, max_len=9)  # less than the row is wide
+    params = random_params(cfg)
+    batch = packed(PACKED, 17)
+    found = jax.jit(lambda p, *x: packed_last_states(p, *x, cfg))(params, *batch)
+    for n, row in enumerate(PACKED):
+        alone = [prompt + ids for prompt, answers in row for ids in answers]
+        expected = [oracle.hidden_states(params, np.array(x), norm)[-1] for x in alone]
+        np.testing.assert_allclose(
+            found[n, : len(alone)], expected, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_packed_responses_have_the_gradient_of_padded_ones(
+    tiny, random_params, with_kernel
+):
+    """By the kernel too."""
+    cfg = tiny()
+    params = random_params(cfg)
+    batch = packed(PACKED, 17)
+    rankings = [ranking for row in PACKED for ranking in row]
+    prompts, answers = np.zeros((3, 4), np.int32), np.zeros((3, 3, 5), np.int32)
+    lengths = np.zeros((3, 3), np.int32)
+    weights = np.zeros((3, 3), np.float32)
+    for b, (prompt, own) in enumerate(rankings):
+        prompts[b, : len(prompt)] = prompt
+        for k, ids in enumerate(own):
+            answers[b, k, : len(ids)] = ids
+            lengths[b, k], weights[b, k] = len(ids), 1.0
+    sizes = np.array([len(prompt) for prompt, _ in rankings])
+    cotangent = np.random.default_rng(0).normal(size=(3, 3, 16)) * weights[..., None]
+
+    def padded_loss(params):
+        states = last_response_states(params, prompts, sizes, answers, lengths, cfg)
+        return jnp.sum(states * cotangent)
+
+    def loss(params):
+        states = packed_last_states(params, *batch, cfg)
+        by_ranking = [states[0, :3], states[0, 3:5], states[1, :2]]
+        parts = [
+            jnp.sum(mine * wanted[: len(mine)])
+            for mine, wanted in zip(by_ranking, cotangent, strict=True)
+        ]
+        return sum(parts)
+
+    with_kernel(False)
+    expected = jax.jit(jax.grad(padded_loss))(params)
+    for on in (False, True):
+        with_kernel(on)
+        jax.clear_caches()  # JAX keeps what it has traced of a function
+        found = jax.jit(jax.grad(loss))(params)
+        chex.assert_trees_all_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -13,13 +13,17 @@ import pytest
 from letters import FORM, LETTERS
 from meshes import one_update
 
-from rlhf_jax.data.ranking_batches import RankingBatch, ranking_batches
+from rlhf_jax.data.ranking_batches import (
+    RankingBatch,
+    encode_rankings,
+    packed_ranking_batches,
+    ranking_batches,
+)
 from rlhf_jax.data.records import DataError, Demonstration, Ranking
 from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.rankings import (
     RankingScorer,
     accuracy,
-    fitting_rankings,
     score_demonstrations,
 )
 from rlhf_jax.stages.reward_model import (
@@ -63,10 +67,21 @@ def params():
 
 
 def weighted(rankings, rows=4):
-    batch = ranking_batches(rankings, LETTERS, FORM, rows, 5, 6, 4, None)(0)
+    encoded = encode_rankings(rankings, LETTERS, FORM, 5, 6, 4)
+    batch = ranking_batches(encoded, rows, None)(0)
     return WeightedRankings(
         rankings=jax.tree.map(jnp.asarray, batch), weights=jnp.full((rows,), 1 / rows)
     )
+
+
+def packed(rankings, rows=4, multiple=1):
+    """The same in rows that they share."""
+    encoded = encode_rankings(rankings, LETTERS, FORM, 5, 6, 4)
+    batches = packed_ranking_batches(encoded, rows, 0, 1, multiple)
+    assert batches is not None
+    batch = batches(0)
+    weights = np.float32((batch.ranks > 0).any(axis=2) / rows)
+    return WeightedRankings(batch, weights)  # type: ignore[arg-type]
 
 
 def slow_scores(params, ranking):
@@ -81,9 +96,10 @@ def slow_scores(params, ranking):
     return np.array(scores)
 
 
-def test_the_loss_of_text_equals_the_oracle(params):
+@pytest.mark.parametrize("layout", [weighted, packed])
+def test_the_loss_of_text_equals_the_oracle(params, layout):
     loss, extras = case.compiled(functools.partial(reward_loss, model=MODEL))(
-        params, weighted(RANKINGS), jax.random.key(0)
+        params, layout(RANKINGS), jax.random.key(0)
     )
     scores = [slow_scores(params, r) for r in RANKINGS]
     ranks = [np.array(r.ranks) for r in RANKINGS]
@@ -162,34 +178,47 @@ def test_a_small_set_of_rankings_is_learned_perfectly(params):
     assert float(state.params["head"]["shift"]) == float(params["head"]["shift"])
 
 
+MESHES = [
+    {"num_microbatches": 4},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 4, "fsdp": 2},
+    {"data": 2, "num_microbatches": 2},
+    {"tensor": 2},
+    {"data": 2, "tensor": 2, "num_microbatches": 2},
+    {"fsdp": 2, "tensor": 2},
+]
+
+
 @pytest.mark.parametrize(
     "others",
     [
-        [{"num_microbatches": 4}, {"data": 2, "fsdp": 2, "tensor": 2}],
+        [("padded", MESHES[0]), ("packed", MESHES[1])],
         pytest.param(
-            [
-                {"data": 4, "fsdp": 2},
-                {"data": 2, "num_microbatches": 2},
-                {"tensor": 2},
-                {"data": 2, "tensor": 2, "num_microbatches": 2},
-                {"fsdp": 2, "tensor": 2},
-            ],
+            [("padded", mesh) for mesh in MESHES[1:]]
+            + [("packed", mesh) for mesh in MESHES],
             marks=pytest.mark.slow,
         ),
     ],
     ids=["some", "more"],
 )
-def test_an_update_knows_neither_devices_nor_microbatches(params, others):
+def test_an_update_knows_neither_devices_nor_microbatches_nor_the_layout(
+    params, others
+):
     batch = jax.tree.map(
         lambda x: np.concatenate([x, x]), jax.device_get(weighted(RANKINGS))
     )
-    batch = batch.replace(weights=batch.weights / 2)
-
+    layouts = {
+        "padded": batch.replace(weights=batch.weights / 2),
+        "packed": packed(RANKINGS * 8, 32, multiple=8),  # with rows of padding
+    }
     loss = functools.partial(reward_loss, model=MODEL)
-    expected = one_update(loss, params, batch)
-    for other in others:
+    expected = one_update(loss, params, layouts["padded"])
+    for layout, mesh in others:
         case.assert_trees_close(
-            one_update(loss, params, batch, **other), expected, rtol=1e-4, atol=1e-5
+            one_update(loss, params, layouts[layout], **mesh),
+            expected,
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 
@@ -268,11 +297,9 @@ def test_what_does_not_fit_is_left_out_and_the_rest_stays_aligned(params, scorer
         ranking("ab", ["a", "b", long], [1, 1, 2]),  # only a tie left
         RANKINGS[1],
     ]
-    model = Model("reward_model", None, MODEL, LETTERS, FORM)  # type: ignore[arg-type]
-    kept = fitting_rankings(rankings, model, 5, 6)
+    kept, scores, _ = scorer(params, rankings)
     assert kept == [ranking("ab", ["a", "i"], [2, 3]), RANKINGS[1]]
-    again, scores, _ = scorer(params, rankings)
-    assert again == kept and [len(s) for s in scores] == [2, 4]
+    assert [len(s) for s in scores] == [2, 4]
 
 
 def test_where_nothing_fits_nothing_is_scored(params, scorer):

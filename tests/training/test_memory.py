@@ -22,7 +22,7 @@ from meshes import some_devices
 from experiments.plan import Plan
 from experiments.presets import PRESETS
 from rlhf_jax.data.batches import TokenBatch
-from rlhf_jax.data.ranking_batches import RankingBatch
+from rlhf_jax.data.ranking_batches import PackedRankings, RankingBatch
 from rlhf_jax.nn.config import Remat, TransformerConfig
 from rlhf_jax.nn.sampling import Rollout, Sampling, generate
 from rlhf_jax.nn.transformer import cast_once, forward, init_params
@@ -149,6 +149,19 @@ def test_a_step_of_the_reward_model(model):
     batch = WeightedRankings(rankings, floats(B))  # type: ignore[arg-type]
     found = allocated("reward_model", reward_loss, model, batch, 1)
     row = response_row(P, K, R, False, last_only=True)
+    assert_predicted(train_step(model, row, B), found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_layers", [4, 12])
+def test_a_step_on_packed_rankings(num_layers):
+    """Their branches add nothing to speak of."""
+    model, G, K = shape(num_layers), 3, 5
+    ends = ids(B, G, K)
+    rankings = PackedRankings(*[ids(B, T)] * 4, ends, ends)  # type: ignore[arg-type]
+    batch = WeightedRankings(rankings, floats(B, G))  # type: ignore[arg-type]
+    found = allocated("reward_model", reward_loss, model, batch, 1)
+    row = dataclasses.replace(text_row(T, False), logits=0, last=G * K)
     assert_predicted(train_step(model, row, B), found)
 
 
