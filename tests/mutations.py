@@ -676,15 +676,15 @@ MUTATIONS = (
     Mutation(
         "the rows of the first epoch's fullest batch",
         _PACKING,
-        "range(num_epochs * orders.steps_per_epoch)",
-        "range(orders.steps_per_epoch)",
+        "range(num_epochs * read.steps_per_epoch)",
+        "range(read.steps_per_epoch)",
         "data/test_packing.py",
     ),
     Mutation(
         "demonstrations sorted into rows by another seed's batches",
         _PACKING,
-        "len(lengths), batch_size, seed)",
-        "len(lengths), batch_size, 0)",
+        "num_examples, batch_size, seed)",
+        "num_examples, batch_size, 0)",
         "data/test_packing.py",
     ),
     Mutation(

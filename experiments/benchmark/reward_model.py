@@ -146,7 +146,8 @@ def varying(repeats: int) -> list[Row]:
 
     def side(batch):
         weights = np.float32(np.any(batch.ranks > 0, axis=-1) / size)
-        return functools.partial(grad, params, WeightedRankings(batch, weights), key)
+        weighted = WeightedRankings(batch, weights)  # type: ignore[arg-type]
+        return functools.partial(grad, params, weighted, key)
 
     case, (ours, theirs) = "reward_model/varying", map(side, (packed, padded))
     check_close(case, float(ours()[0][0]), float(theirs()[0][0]))

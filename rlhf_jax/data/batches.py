@@ -13,7 +13,7 @@ from typing import Any, Literal
 import flax.struct
 import numpy as np
 
-from rlhf_jax.data.packing import fullest_rows, shared_rows
+from rlhf_jax.data.packing import all_batches, fullest_rows, shared_rows
 from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.records import DataError, Demonstration, Prompt
 from rlhf_jax.data.schedule import Batches, Shard
@@ -152,8 +152,8 @@ def demonstration_batches(
     T = fitted_width(lengths, seq_len) if width is None else width
     share = None
     if num_epochs is not None:
-        most = 3 * batch_size // 4
-        found = fullest_rows(lengths, T, batch_size, seed, num_epochs, most)
+        read = all_batches(len(kept), batch_size, seed, num_epochs)
+        found = fullest_rows(lengths, T, read, most=3 * batch_size // 4)
         share = found and shared_rows(lengths, T, found[0], shard)
 
     def make_batch(mine: np.ndarray, batch: np.ndarray, size: int) -> TokenBatch:

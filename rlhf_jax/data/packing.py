@@ -31,34 +31,32 @@ def first_fit(lengths: Sequence[int] | np.ndarray, width: int) -> list[list[int]
     return rows
 
 
+def all_batches(
+    num_examples: int, batch_size: int, seed: int | None, num_epochs: int
+) -> list[np.ndarray]:
+    """The examples of every global batch [B] that will be read, see `Batches`."""
+    read = Batches(lambda mine, batch, size: batch, num_examples, batch_size, seed)
+    return [read(step) for step in range(num_epochs * read.steps_per_epoch)]
+
+
 def fullest_rows(
-    lengths: np.ndarray,
-    width: int,
-    batch_size: int,
-    seed: int | None,
-    num_epochs: int,
-    most: int,
+    lengths: np.ndarray, width: int, batches: Sequence[np.ndarray], most: int
 ) -> tuple[int, int] | None:
     """What the fullest of all batches needs, so that all can have one shape.
-
-    Looks through them once: 0.4 ms for 32 sequences.
 
     Args:
         lengths: tokens of each sequence, [N].
         width: tokens of a row, T.
-        batch_size: sequences of the global batch, B.
-        seed: of their order, see `Batches`.
-        num_epochs: that will be read (1 in order).
+        batches: of `all_batches`; 32 sequences take 0.05 ms.
         most: rows that are worth sharing.
 
     Returns:
         Most rows of a global batch, and most sequences of a row; None where a batch
         needs more rows than `most`.
     """
-    orders = Batches(lambda mine, batch, size: batch, len(lengths), batch_size, seed)
     num_rows, num_shared = 0, 0
-    for step in range(num_epochs * orders.steps_per_epoch):
-        rows = first_fit(lengths[orders(step)], width)
+    for batch in batches:
+        rows = first_fit(lengths[batch], width)
         num_rows = max(num_rows, len(rows))
         num_shared = max(num_shared, *map(len, rows))
         if num_rows > most:

@@ -1,8 +1,8 @@
 """K responses that share one prompt, computed once: exact, and fewer positions.
 
 The row is `[prompt, response 1, ..., response K]`; each response attends to the prompt
-and to itself, and positions restart after the prompt. Rows of fixed widths hold what
-was sampled; rankings, whose lengths are known before, are packed.
+and to itself, and positions restart after the prompt. Prompt and responses are padded
+each, or packed, several prompts a row, where their lengths are known before.
 """
 
 import functools

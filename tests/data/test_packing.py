@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_jax.data.packing import first_fit, fullest_rows, shared_rows
+from rlhf_jax.data.packing import all_batches, first_fit, fullest_rows, shared_rows
 from rlhf_jax.data.schedule import Batches
 
 SIZES = st.lists(st.integers(1, 10), min_size=1, max_size=60)
@@ -36,20 +36,20 @@ ORDERS = Batches(lambda mine, batch, size: batch, len(LENGTHS), SIZE, SEED)
 
 
 def test_the_fullest_batch_here_is_in_a_later_epoch():
+    batches = all_batches(len(LENGTHS), SIZE, SEED, EPOCHS)
     steps = range(EPOCHS * ORDERS.steps_per_epoch)
-    rows = [first_fit(LENGTHS[ORDERS(step)], WIDTH) for step in steps]
+    np.testing.assert_array_equal(batches, [ORDERS(step) for step in steps])
+    rows = [first_fit(LENGTHS[batch], WIDTH) for batch in batches]
     needed = [len(batch) for batch in rows]
     assert max(needed) == FULLEST and FULLEST not in needed[: ORDERS.steps_per_epoch]
     shared = max(len(row) for batch in rows for row in batch)
     assert shared > max(len(row) for row in rows[needed.index(FULLEST)])
 
-    def found(epochs, most):
-        return fullest_rows(LENGTHS, WIDTH, SIZE, SEED, epochs, most)
-
-    assert found(EPOCHS, FULLEST) == (FULLEST, shared)
-    assert found(EPOCHS, FULLEST - 1) is None
-    once = found(1, FULLEST - 1)
-    assert once is not None and once[0] == FULLEST - 1
+    assert fullest_rows(LENGTHS, WIDTH, batches, FULLEST) == (FULLEST, shared)
+    assert fullest_rows(LENGTHS, WIDTH, batches, FULLEST - 1) is None
+    once = all_batches(len(LENGTHS), SIZE, SEED, num_epochs=1)
+    found = fullest_rows(LENGTHS, WIDTH, once, FULLEST - 1)
+    assert found is not None and found[0] == FULLEST - 1
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
