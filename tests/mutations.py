@@ -56,7 +56,7 @@ _CHECKPOINT = "rlhf_jax/training/checkpoint.py"
 _BATCHES = "rlhf_jax/data/batches.py"
 _SCHEDULE = "rlhf_jax/data/schedule.py"
 _PACKING = "rlhf_jax/data/packing.py"
-_RANKINGS = "rlhf_jax/data/ranking_batches.py"
+_RANKINGS = "rlhf_jax/data/packed_rankings.py"
 
 _T_PPO = "objectives/test_ppo.py"
 _T_ADVANTAGES = "objectives/test_advantages.py"

@@ -9,11 +9,11 @@ import numpy as np
 from experiments.benchmark.peers import hf_gpt2, import_torch
 from experiments.benchmark.timing import Row, check_close, duel
 from experiments.benchmark.training import model_config
+from rlhf_jax.data.packed_rankings import packed_ranking_batches
 from rlhf_jax.data.ranking_batches import (
     EncodedRanking,
     EncodedRankings,
     RankingBatch,
-    packed_ranking_batches,
     ranking_batches,
 )
 from rlhf_jax.data.records import Ranking

@@ -1,23 +1,17 @@
-"""Rankings to NumPy batches: prompts with K ranked responses each.
-
-`RankingBatch` pads every prompt and response; `PackedRankings` holds them one after the
-other, several rankings a row, and so has fewer positions where lengths vary.
-"""
+"""Rankings to NumPy batches: prompts with K ranked responses each."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import flax.struct
 import numpy as np
 
 from rlhf_jax.data.batches import Array, check_any, pad_prompts
-from rlhf_jax.data.packing import all_batches, fullest_rows, shared_rows
 from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.records import DataError, Ranking
 from rlhf_jax.data.schedule import Batches, Shard
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.data.widths import WIDTH_STEP, fitted_width
+from rlhf_jax.data.widths import fitted_width
 
 
 @flax.struct.dataclass
@@ -34,24 +28,6 @@ class RankingBatch:
     """[B, K] int32, end token included; 0 where absent."""
     ranks: Array
     """[B, K] int32; 1 is best, equal ranks tie, 0 is an absent response."""
-
-
-@flax.struct.dataclass
-class PackedRankings:
-    """The same in rows `[prompt, response 1, ..., response K, next prompt, ...]`."""
-
-    tokens: Array
-    """[N, T] int32."""
-    positions: Array
-    """[N, T] int32, from 0 in a prompt, each response going on from its end."""
-    documents: Array
-    """[N, T] int32, which ranking of the row a token is of."""
-    branches: Array
-    """[N, T] int32, which response of it, from 1; 0 is the prompt."""
-    last: Array
-    """[N, G, K] int32, where in its row each response ends; 0 where absent."""
-    ranks: Array
-    """[N, G, K] int32, see `RankingBatch`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +167,7 @@ def ranking_batches(
     """
     rankings.check_any()
     kept = rankings.kept
-    P, R = _widths(rankings)
+    P, R = padded_widths(rankings)
     K = rankings.num_responses
 
     def make_batch(mine: np.ndarray, _: np.ndarray, size: int) -> RankingBatch:
@@ -212,92 +188,8 @@ def ranking_batches(
     return Batches(make_batch, len(kept), batch_size, seed, shard, *counts)
 
 
-def packed_ranking_batches(
-    rankings: EncodedRankings,
-    batch_size: int,
-    seed: int,
-    num_epochs: int,
-    multiple: int = 1,
-    shard: Shard = (0, 1),
-) -> Batches[PackedRankings] | None:
-    """Batches of the same rankings in rows [N, T] that they share.
-
-    T is a multiple of 64, the longest ranking's or up to twice as wide; N is what the
-    fullest batch needs; together they are what costs least. A position costs
-    1 + keys / 1024: its own products, and attention to a row of T or, padded, P + R.
-
-    Args:
-        rankings, batch_size, seed, shard: of `ranking_batches`.
-        num_epochs: that will be read.
-        multiple: that N shall be of, e.g. devices times microbatches.
-
-    Returns:
-        None where `ranking_batches` cost no more.
-
-    Raises:
-        DataError: there is no ranking.
-    """
-    rankings.check_any()
-    kept = rankings.kept
-    P, R = _widths(rankings)
-    K = rankings.num_responses
-    lengths = np.array([len(ranking) for ranking in kept])
-    least = -(-lengths.max() // WIDTH_STEP)  # steps
-    padded = -(-batch_size // multiple) * multiple
-    best, least_cost = None, padded * (P - 1 + K * (R + 1)) * _cost(P + R)
-    read = all_batches(len(kept), batch_size, seed, num_epochs)
-    for width in sorted({WIDTH_STEP * -(-least * n // 4) for n in (4, 5, 6, 8)}):
-        of_rows = multiple * width * _cost(width)
-        most = (math.ceil(least_cost / of_rows) - 1) * multiple
-        found = fullest_rows(lengths, width, read, most)
-        if found is not None:
-            num_parts = -(-found[0] // multiple)
-            best = width, num_parts * multiple, found[1]
-            least_cost = num_parts * of_rows
-    if best is None:
-        return None
-    T, N, G = best
-    rows_of = shared_rows(lengths, T, N, shard)
-
-    def make_batch(_: np.ndarray, batch: np.ndarray, size: int) -> PackedRankings:
-        del size
-        rows = rows_of(batch)
-        tokens = np.full((len(rows), T), rankings.pad_id, np.int32)
-        positions, documents, branches = np.zeros((3, len(rows), T), np.int32)
-        last, ranks = np.zeros((2, len(rows), G, K), np.int32)
-        for row, shared in enumerate(rows):
-            begin = 0
-            for g, i in enumerate(shared):
-                prompt, responses = kept[i].prompt, kept[i].responses
-                documents[row, begin:] = g  # padding is of the last one's
-                asked = begin + len(prompt)
-                for branch, ids in enumerate([prompt, *responses]):
-                    end = begin + len(ids)
-                    first = len(prompt) if branch else 0
-                    tokens[row, begin:end] = ids
-                    positions[row, begin:end] = np.arange(first, first + len(ids))
-                    branches[row, begin:end] = branch
-                    if branch:  # an empty one is read where it would begin
-                        last[row, g, branch - 1] = (end if len(ids) else asked) - 1
-                    begin = end
-                ranks[row, g, : len(responses)] = kept[i].record.ranks
-        return PackedRankings(tokens, positions, documents, branches, last, ranks)
-
-    counts = rankings.num_dropped, rankings.num_dropped_responses
-    return Batches(make_batch, len(kept), batch_size, seed, shard, *counts)
-
-
-def _cost(keys: int) -> float:
-    """Of a position, in that of its products alone, roughly.
-
-    On a CPU attention to 700 (4 layers of 192) and 1100 keys (3 of 64) took as long as
-    the rest; in wider models it takes more.
-    """
-    return 1.0 + keys / 1024
-
-
-def _widths(rankings: EncodedRankings) -> tuple[int, int]:
-    """P and R of padded rows."""
+def padded_widths(rankings: EncodedRankings) -> tuple[int, int]:
+    """P and R of rows in which every prompt and response is padded."""
     prompt_len, response_len = rankings.limits
     prompts = [len(ranking.prompt) for ranking in rankings.kept]
     responses = [len(ids) for ranking in rankings.kept for ids in ranking.responses]

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from rlhf_jax.data.packed_rankings import PackedRankings, packed_ranking_batches
 from rlhf_jax.data.ranking_batches import (
     EncodedRankings,
-    PackedRankings,
     RankingBatch,
     encode_rankings,
-    packed_ranking_batches,
     ranking_batches,
 )
 from rlhf_jax.data.schedule import Batches

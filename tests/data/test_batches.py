@@ -12,12 +12,9 @@ from rlhf_jax.data.batches import (
     packed_batches,
     prompt_batches,
 )
+from rlhf_jax.data.packed_rankings import packed_ranking_batches
 from rlhf_jax.data.prompts import PromptFormat
-from rlhf_jax.data.ranking_batches import (
-    encode_rankings,
-    packed_ranking_batches,
-    ranking_batches,
-)
+from rlhf_jax.data.ranking_batches import encode_rankings, ranking_batches
 from rlhf_jax.data.records import DataError, Demonstration, Prompt, Ranking
 
 FORM = PromptFormat(prefix="", suffix=":", separator=" ")

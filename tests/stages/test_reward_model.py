@@ -13,12 +13,8 @@ import pytest
 from letters import FORM, LETTERS
 from meshes import one_update
 
-from rlhf_jax.data.ranking_batches import (
-    RankingBatch,
-    encode_rankings,
-    packed_ranking_batches,
-    ranking_batches,
-)
+from rlhf_jax.data.packed_rankings import packed_ranking_batches
+from rlhf_jax.data.ranking_batches import RankingBatch, encode_rankings, ranking_batches
 from rlhf_jax.data.records import DataError, Demonstration, Ranking
 from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.rankings import (

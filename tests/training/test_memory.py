@@ -22,7 +22,8 @@ from meshes import some_devices
 from experiments.plan import Plan
 from experiments.presets import PRESETS
 from rlhf_jax.data.batches import TokenBatch
-from rlhf_jax.data.ranking_batches import PackedRankings, RankingBatch
+from rlhf_jax.data.packed_rankings import PackedRankings
+from rlhf_jax.data.ranking_batches import RankingBatch
 from rlhf_jax.nn.config import Remat, TransformerConfig
 from rlhf_jax.nn.sampling import Rollout, Sampling, generate
 from rlhf_jax.nn.transformer import cast_once, forward, init_params
