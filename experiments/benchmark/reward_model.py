@@ -20,7 +20,7 @@ from rlhf_jax.data.records import Ranking
 from rlhf_jax.nn.heads import init_scalar_head, scalar_head
 from rlhf_jax.nn.transformer import forward, init_params
 from rlhf_jax.objectives.ranking import ranking_loss
-from rlhf_jax.stages.reward_model import WeightedRankings, reward_loss
+from rlhf_jax.stages.reward_model import WeightedRankings, reward_loss, weighted
 
 B, P, R, V = 2, 192, 64, 8192
 
@@ -145,9 +145,7 @@ def varying(repeats: int) -> list[Row]:
     grad, key = compiled_grad(cfg), jax.random.key(0)
 
     def side(batch):
-        weights = np.float32(np.any(batch.ranks > 0, axis=-1) / size)
-        weighted = WeightedRankings(batch, weights)  # type: ignore[arg-type]
-        return functools.partial(grad, params, weighted, key)
+        return functools.partial(grad, params, weighted(batch, size), key)
 
     case, (ours, theirs) = "reward_model/varying", map(side, (packed, padded))
     check_close(case, float(ours()[0][0]), float(theirs()[0][0]))

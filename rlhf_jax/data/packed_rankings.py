@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_jax.data.batches import Array
 from rlhf_jax.data.packing import all_batches, fullest_rows, shared_rows
-from rlhf_jax.data.ranking_batches import EncodedRankings, padded_widths
+from rlhf_jax.data.ranking_batches import EncodedRankings
 from rlhf_jax.data.schedule import Batches, Shard
 from rlhf_jax.data.widths import WIDTH_STEP
 
@@ -58,10 +58,8 @@ def packed_ranking_batches(
     Raises:
         DataError: there is no ranking.
     """
-    rankings.check_any()
+    P, K, R = rankings.padded_shape()
     kept = rankings.kept
-    P, R = padded_widths(rankings)
-    K = rankings.num_responses
     lengths = np.array([len(ranking) for ranking in kept])
     least = -(-lengths.max() // WIDTH_STEP)  # steps
     padded = -(-batch_size // multiple) * multiple

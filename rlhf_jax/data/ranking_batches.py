@@ -72,11 +72,6 @@ class EncodedRankings:
         """Rankings left out."""
         return self.num_read - len(self.kept)
 
-    @property
-    def num_responses(self) -> int:
-        """Most responses of a ranking, K."""
-        return max(len(ranking.responses) for ranking in self.kept)
-
     def check_any(self) -> None:
         """Raises DataError where none is left."""
         check_any("rankings", range(self.num_read))
@@ -88,6 +83,16 @@ class EncodedRankings:
                 f"{response} (response_len {response_len}), and two responses must "
                 "differ in rank. Raise prompt_len or response_len."
             )
+
+    def padded_shape(self) -> tuple[int, int, int]:
+        """P, K and R of [B, P] and [B, K, R]; raises DataError where none is left."""
+        self.check_any()
+        prompt_len, response_len = self.limits
+        K = max(len(ranking.responses) for ranking in self.kept)
+        prompts = [len(ranking.prompt) for ranking in self.kept]
+        responses = [len(ids) for ranking in self.kept for ids in ranking.responses]
+        R = fitted_width(responses, response_len)
+        return fitted_width(prompts, prompt_len), K, R
 
 
 def encode_rankings(
@@ -165,10 +170,8 @@ def ranking_batches(
     Raises:
         DataError: there is no ranking.
     """
-    rankings.check_any()
+    P, K, R = rankings.padded_shape()
     kept = rankings.kept
-    P, R = padded_widths(rankings)
-    K = rankings.num_responses
 
     def make_batch(mine: np.ndarray, _: np.ndarray, size: int) -> RankingBatch:
         rows = [kept[i] for i in mine]
@@ -186,11 +189,3 @@ def ranking_batches(
 
     counts = rankings.num_dropped, rankings.num_dropped_responses
     return Batches(make_batch, len(kept), batch_size, seed, shard, *counts)
-
-
-def padded_widths(rankings: EncodedRankings) -> tuple[int, int]:
-    """P and R of rows in which every prompt and response is padded."""
-    prompt_len, response_len = rankings.limits
-    prompts = [len(ranking.prompt) for ranking in rankings.kept]
-    responses = [len(ids) for ranking in rankings.kept for ids in ranking.responses]
-    return fitted_width(prompts, prompt_len), fitted_width(responses, response_len)

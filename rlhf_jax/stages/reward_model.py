@@ -95,6 +95,17 @@ class WeightedRankings:
     weights: Array  # float32 [B] or [N, G], summing to 1 over the global batch
 
 
+def weighted(
+    rankings: RankingBatch | PackedRankings, batch_size: int
+) -> WeightedRankings:
+    """Gives each of the B rankings of a global batch 1 / B, and absent ones [G] 0.
+
+    Every ranking kept has an ordered pair.
+    """
+    present = np.any(rankings.ranks > 0, axis=-1)
+    return WeightedRankings(rankings, np.float32(present / batch_size))  # type: ignore
+
+
 def packed_scores(
     reward_model: Any, rankings: PackedRankings, model: TransformerConfig
 ) -> Array:
@@ -234,11 +245,6 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
 
     multiple = num_local_shards(ctx.mesh) * cfg.num_microbatches
 
-    def weighted(step: int) -> WeightedRankings:
-        batch = batches(step)  # every ranking kept has an ordered pair
-        weights = np.float32(np.any(batch.ranks > 0, axis=-1) / cfg.batch_size)
-        return pad_rows(WeightedRankings(batch, weights), multiple)  # type: ignore
-
     num_steps = cfg.num_epochs * batches.steps_per_epoch
     key = ctx.key("reward_model")
     make = lambda transformer: init_state(  # noqa: E731
@@ -279,7 +285,9 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         step_fn=compiled,
         rest=(scalars,),
         state=state,
-        batches=weighted,
+        batches=lambda step: pad_rows(
+            weighted(batches(step), cfg.batch_size), multiple
+        ),
         num_steps=num_steps,
         mesh=ctx.mesh,
         grads_like=state.params,

@@ -13,7 +13,7 @@ import pytest
 from letters import FORM, LETTERS
 from meshes import one_update
 
-from rlhf_jax.data.packed_rankings import packed_ranking_batches
+from rlhf_jax.data.packed_rankings import PackedRankings, packed_ranking_batches
 from rlhf_jax.data.ranking_batches import RankingBatch, encode_rankings, ranking_batches
 from rlhf_jax.data.records import DataError, Demonstration, Ranking
 from rlhf_jax.stages.common import Context, Model
@@ -27,6 +27,8 @@ from rlhf_jax.stages.reward_model import (
     WeightedRankings,
     center,
     reward_loss,
+    training_batches,
+    weighted,
 )
 from rlhf_jax.stages.scoring import response_scores
 from rlhf_jax.training.mesh import MeshConfig
@@ -62,7 +64,7 @@ def params():
     return value | {"transformer": value["transformer"] | {"pos_embed": table}}
 
 
-def weighted(rankings, rows=4):
+def padded(rankings, rows=4):
     encoded = encode_rankings(rankings, LETTERS, FORM, 5, 6, 4)
     batch = ranking_batches(encoded, rows, None)(0)
     return WeightedRankings(
@@ -75,9 +77,7 @@ def packed(rankings, rows=4, multiple=1):
     encoded = encode_rankings(rankings, LETTERS, FORM, 5, 6, 4)
     batches = packed_ranking_batches(encoded, rows, 0, 1, multiple)
     assert batches is not None
-    batch = batches(0)
-    weights = np.float32((batch.ranks > 0).any(axis=2) / rows)
-    return WeightedRankings(batch, weights)  # type: ignore[arg-type]
+    return weighted(batches(0), rows)
 
 
 def slow_scores(params, ranking):
@@ -92,7 +92,7 @@ def slow_scores(params, ranking):
     return np.array(scores)
 
 
-@pytest.mark.parametrize("layout", [weighted, packed])
+@pytest.mark.parametrize("layout", [padded, packed])
 def test_the_loss_of_text_equals_the_oracle(params, layout):
     loss, extras = case.compiled(functools.partial(reward_loss, model=MODEL))(
         params, layout(RANKINGS), jax.random.key(0)
@@ -115,13 +115,13 @@ def test_the_loss_of_text_equals_the_oracle(params, layout):
 def test_a_zero_head_starts_at_log_2(params):
     blank = params | {"head": case.zero_head()}
     loss, _ = case.compiled(functools.partial(reward_loss, model=MODEL))(
-        blank, weighted(RANKINGS), jax.random.key(0)
+        blank, padded(RANKINGS), jax.random.key(0)
     )
     np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
 
 
 def test_scores_know_neither_batch_mates_nor_padding(params):
-    whole = weighted(RANKINGS).rankings
+    whole = padded(RANKINGS).rankings
     rng = np.random.default_rng(0)
 
     def garbage(tokens, lengths):
@@ -166,7 +166,7 @@ def test_a_small_set_of_rankings_is_learned_perfectly(params):
     step = case.compiled(
         make_train_step(functools.partial(reward_loss, model=MODEL), optimizer, 60)
     )
-    state, batch = init_state(params, jax.random.key(0)), weighted(RANKINGS)
+    state, batch = init_state(params, jax.random.key(0)), padded(RANKINGS)
     for _ in range(60):
         state, metrics = step(state, batch, optimizer.scalars())
     assert float(metrics["accuracy"]) == 1.0
@@ -201,7 +201,7 @@ def test_an_update_knows_neither_devices_nor_microbatches_nor_the_layout(
     params, others
 ):
     batch = jax.tree.map(
-        lambda x: np.concatenate([x, x]), jax.device_get(weighted(RANKINGS))
+        lambda x: np.concatenate([x, x]), jax.device_get(padded(RANKINGS))
     )
     layouts = {
         "padded": batch.replace(weights=batch.weights / 2),
@@ -314,6 +314,25 @@ def test_centering_gives_demonstrations_mean_0(params, scorer):
     np.testing.assert_allclose(after.mean(), 0.0, atol=1e-5)
     np.testing.assert_allclose(after - before, after[0] - before[0], atol=1e-5)
     case.assert_trees_equal(moved["transformer"], params["transformer"])
+
+
+@pytest.mark.parametrize("count", [2, 32])
+def test_the_stage_packs_where_that_costs_less(count):
+    """On eight devices 2 rankings leave most rows empty; weights sum to 1 both ways."""
+    cfg = dataclasses.replace(CFG, batch_size=8 * count)
+    ctx = Context(Path("."), None, MeshConfig().make(), 0)  # type: ignore[arg-type]
+    encoded = encode_rankings(RANKINGS, LETTERS, FORM, 5, 6, 4)
+    batches, row, num_rows = training_batches(cfg, ctx, encoded, MODEL)
+    batch = batches(0)
+    assert isinstance(batch, PackedRankings) == (count == 32)
+    weights = weighted(batch, cfg.batch_size).weights
+    np.testing.assert_allclose(weights.sum(), 1.0, rtol=1e-6)
+    assert len(weights) == num_rows and num_rows % 8 == 0
+    if count == 32:
+        assert (row.tokens, row.last) == (batch.tokens.shape[1], batch.last[0].size)
+    short = dataclasses.replace(MODEL, max_len=8)  # "abcd:" and "hhhhh" are 10
+    with pytest.raises(ValueError, match="10 tokens do not fit .*max_len 8"):
+        training_batches(cfg, ctx, encoded, short)
 
 
 def test_accuracy_counts_ordered_pairs_per_ranking():
