@@ -1,20 +1,31 @@
 """Eight CPU devices and strict array rules for every test; fixtures they share."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
-# JAX reads these once, when it is first imported.
+
+def _known(flag: str) -> bool:
+    """Whether this XLA has the flag; it ends a process that gives it another's."""
+    program = "from jaxlib import xla_client; xla_client.CompileOptions()"
+    return not subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"XLA_FLAGS": flag},
+        capture_output=True,
+    ).returncode
+
+
+# JAX reads these once, when it is first imported; of equal flags the last counts.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     [
-        *(
-            flag
-            for flag in os.environ.get("XLA_FLAGS", "").split()
-            if not flag.startswith("--xla_force_host_platform_device_count")
-        ),
+        os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",  # most of the suite's time is compiling
+        # Most of the suite's time is compiling: of small programs, for which the older
+        # emitters, as long as XLA has them, need two thirds of the time.
+        "--xla_backend_optimization_level=0",
+        *filter(_known, ["--xla_cpu_use_fusion_emitters=false"]),
     ]
 )
 sys.path.insert(0, str(Path(__file__).parent))  # makes `import oracle` work

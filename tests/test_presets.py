@@ -123,7 +123,9 @@ def test_ppo_defaults_are_instructgpts(name: str) -> None:
     assert cfg.ppo_ptx.ptx_per_episode == 8
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 def test_the_grammar_has_prompts_enough_for_the_default_campaign(
     seed: int, tmp_path: Path
 ) -> None:

@@ -58,7 +58,8 @@ def test_a_notebook_is_stored_without_outputs(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
     notebook = read(path)
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
+    environment = os.environ | {"XLA_FLAGS": flags}
     environment["PYTHONPATH"] = str(ROOT)  # from a clone that is not installed too
     environment["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     client = NotebookClient(

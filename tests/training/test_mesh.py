@@ -317,3 +317,18 @@ def test_rows_that_fill_up_change_neither_loss_nor_gradient_nor_dropout(tiny):
         alone,
         padded,
     )
+
+
+def test_a_level_of_optimisation_that_the_user_asks_for_is_left_alone(monkeypatch):
+    """Otherwise CPU programs are compiled at level 1: sooner, and as fast."""
+    mesh, options = some_devices(2, 1), []
+    monkeypatch.setattr(
+        jax, "jit", lambda step, **how: options.append(how["compiler_options"])
+    )
+    for flags in (
+        "--xla_gpu_deterministic_ops=true",
+        "--xla_backend_optimization_level=3",
+    ):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        jit_step(len, mesh, None)
+    assert options == [{"xla_backend_optimization_level": 1}, None]
