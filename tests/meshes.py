@@ -1,6 +1,7 @@
-"""One update of a stage on some of the test's devices."""
+"""One update of a stage on some of the test's devices; processes with others."""
 
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,12 @@ def some_devices(data: int, fsdp: int, tensor: int = 1) -> jax.sharding.Mesh:
     auto = (jax.sharding.AxisType.Auto,) * 3
     devices = jax.devices()[: math.prod(shape)]
     return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+
+
+def with_devices(count: int) -> dict[str, str]:
+    """Environment of a process with so many CPU devices that compiles as tests do."""
+    devices = f" --xla_force_host_platform_device_count={count}"  # the last counts
+    return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + devices}
 
 
 def by_sizes(shape: tuple[int, ...] | str | int) -> str:

@@ -1,12 +1,12 @@
 """Notebooks run from top to bottom, and show the library alone."""
 
 import ast
-import os
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
+from meshes import with_devices
 
 with warnings.catch_warnings():  # what others deprecate at import is not ours
     warnings.simplefilter("ignore")
@@ -58,8 +58,7 @@ def test_a_notebook_is_stored_without_outputs(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
     notebook = read(path)
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
-    environment = os.environ | {"XLA_FLAGS": flags}
+    environment = with_devices(1)
     environment["PYTHONPATH"] = str(ROOT)  # from a clone that is not installed too
     environment["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     client = NotebookClient(

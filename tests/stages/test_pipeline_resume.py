@@ -53,8 +53,8 @@ FILES = (
 def command(tmp_path_factory):
     """Starts `python -m experiments.instructgpt smoke ...` with a cache of its own."""
     cache = tmp_path_factory.mktemp("cache")
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
-    environment = os.environ | {"XLA_FLAGS": flags, "RLHF_JAX_CACHE": str(cache)}
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "RLHF_JAX_CACHE": str(cache)}
 
     def start(
         run: Path, *options: str, log_compiles=False, largest_file=None

@@ -1,7 +1,6 @@
 """A checkpoint comes back bit for bit, or says which file is broken."""
 
 import gc
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import some_devices
+from meshes import some_devices, with_devices
 
 from rlhf_jax.training.checkpoint import (
     CheckpointError,
@@ -179,10 +178,9 @@ else:
 checkpoints.close()
 """
     for count, what in ((before, "save"), (after, "load")):
-        flags = f"--xla_force_host_platform_device_count={count}"
         done = subprocess.run(
             [sys.executable, "-c", program, str(tmp_path / "x"), what],
-            env=os.environ | {"XLA_FLAGS": flags},
+            env=with_devices(count),
             cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from meshes import with_devices
 
 from rlhf_jax.training.run_dir import lock_run
 
@@ -33,8 +34,7 @@ def start(tmp_path_factory):
     def processes(
         run: Path, count: int, module: str = "experiments.instructgpt"
     ) -> list[subprocess.Popen]:
-        flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
-        environment = os.environ | {"XLA_FLAGS": flags, "RLHF_JAX_CACHE": str(cache)}
+        environment = with_devices(1) | {"RLHF_JAX_CACHE": str(cache)}
         if count > 1:
             with socket.socket() as free:
                 free.bind(("localhost", 0))
