@@ -422,6 +422,13 @@ MUTATIONS = (
         _T_SAMPLING,
     ),
     Mutation(
+        "a cache that is widened before its columns",
+        "rlhf_jax/nn/decoding.py",
+        "(0, missing), (0, 0)))",
+        "(missing, 0), (0, 0)))",
+        _T_SAMPLING,
+    ),
+    Mutation(
         "a stretch decodes one token beyond the cache that it reads",
         _SAMPLING,
         "(carry[0] < end) & jnp.any(carry[2])",

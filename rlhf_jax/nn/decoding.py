@@ -1,39 +1,52 @@
 """Decoding: keys and values of the prompt, then one token a row at a time."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.nn.attention import NEG_INF, attention_scores, causal_attention
 from rlhf_jax.nn.config import TransformerConfig
-from rlhf_jax.nn.transformer import MAX_UNROLLED_GPU, Params, block, embed, final_norm
+from rlhf_jax.nn.transformer import (
+    MAX_UNROLLED,
+    MAX_UNROLLED_GPU,
+    Params,
+    block,
+    embed,
+    final_norm,
+)
 
 Array = jax.Array
 
-MIN_STRETCH = 32  # tokens; each part is compiled
+MIN_STRETCH = 64  # tokens; each part is compiled
+
+Cache = tuple[Any, ...]
+"""Keys and values, [L, B, N, S, H] each in `cfg.dtype`, as a step reads them; or such
+a pair [B, N, S, H] for each layer, see `caches_apart`."""
 
 
 def stretches(length: int) -> list[int]:
     """Ends of the parts of responses [B, R] that read a cache of one width each.
 
-    At most 4, of at least `MIN_STRETCH` tokens. To read the live part of the cache only
-    took 9 % off 8 rows of 64 + 128 tokens and 4 % off 32, on a CPU, in one process.
+    At most 4, of at least `MIN_STRETCH` tokens.
     """
     count = min(max(length // MIN_STRETCH, 1), 4)
     return [-(-length * (i + 1) // count) for i in range(count)]
 
 
 def written_out(cfg: TransformerConfig) -> bool:
-    """Whether decoding writes layers [L, ...] out: on GPUs, unless they are many."""
-    return jax.default_backend() == "gpu" and cfg.num_layers <= MAX_UNROLLED_GPU
-
-
-def layers_apart(params: Params, cfg: TransformerConfig) -> Params:
-    """Parameters for decoding: where it is `written_out`, a tuple of layers instead of
-    blocks [L, ...].
+    """Whether decoding writes layers [L, ...] out instead of looping over them.
 
     A slice of stacked weights in a loop over tokens is copied in each step: 24 of the
     151 ms that 128 steps of GPT-2 124M took in a profile on an H100.
     """
+    many = MAX_UNROLLED_GPU if jax.default_backend() == "gpu" else MAX_UNROLLED
+    return cfg.num_layers <= many
+
+
+def layers_apart(params: Params, cfg: TransformerConfig) -> Params:
+    """Parameters for decoding: where it is `written_out`, a tuple of layers instead of
+    blocks [L, ...]."""
     if not written_out(cfg):
         return params
 
@@ -43,9 +56,29 @@ def layers_apart(params: Params, cfg: TransformerConfig) -> Params:
     return params | {"blocks": tuple(layer(i) for i in range(cfg.num_layers))}
 
 
+def caches_apart(cfg: TransformerConfig) -> bool:
+    """Whether each layer has a cache of its own, [B, N, S, H], as wide as its stretch.
+
+    On a CPU what a product reads of a larger array is copied first, in each step:
+    without, 32 rows of 4 layers of 256 took 1.2 times as long. On accelerators the
+    cache is what memory is short of: it is laid out once.
+    """
+    return jax.default_backend() == "cpu" and written_out(cfg)
+
+
+def widened(cache: Cache, num_columns: int) -> Cache:
+    """The cache with room for so many columns, S, if it has fewer."""
+
+    def widen(x):
+        missing = max(num_columns - x.shape[-2], 0)
+        return jnp.pad(x, (*((0, 0),) * (x.ndim - 2), (0, missing), (0, 0)))
+
+    return jax.tree.map(widen, cache)
+
+
 def prefill(
     params: Params, prompts: Array, cfg: TransformerConfig, num_columns: int
-) -> tuple[Array, Array]:
+) -> Cache:
     """Keys and values of all prompt tokens but the last, in a cache with room for more.
 
     Args:
@@ -55,14 +88,10 @@ def prefill(
         num_columns: free columns after the P - 1 of the prompt.
 
     Returns:
-        keys and values, each [L, B, N, P - 1 + num_columns, H] in `cfg.dtype`: the
-        layout in which each decoding step reads them.
+        The cache, of P - 1 + num_columns columns.
     """
     tokens = prompts[:, :-1]
     B, stem = tokens.shape
-    shape = (cfg.num_layers, B, cfg.num_heads, stem + num_columns, cfg.head_dim)
-    if stem == 0:
-        return jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype)
     positions = jnp.broadcast_to(jnp.arange(stem)[None], tokens.shape)
 
     def layer(x, layer_params):
@@ -75,67 +104,83 @@ def prefill(
         x = block(layer_params, x, attend, cfg)
         return x, tuple(kept)
 
-    x = embed(params, tokens, positions, cfg.dtype)
-    _, (keys, values) = jax.lax.scan(layer, x, params["blocks"])
-    room = ((0, 0), (0, 0), (0, 0), (0, num_columns), (0, 0))
-    return jnp.pad(keys, room), jnp.pad(values, room)
+    if stem:
+        x = embed(params, tokens, positions, cfg.dtype)
+        _, cache = jax.lax.scan(layer, x, params["blocks"])
+    else:
+        shape = (cfg.num_layers, B, cfg.num_heads, 0, cfg.head_dim)
+        cache = jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype)
+    if caches_apart(cfg):
+        keys, values = cache
+        layers = range(cfg.num_layers)
+        cache = tuple((keys[i], values[i]) for i in layers)
+    return widened(cache, stem + num_columns)
 
 
 def decode_step(
     params: Params,
-    cache: tuple[Array, Array],
+    cache: Cache,
     tokens: Array,
     positions: Array,
     column: Array,
     mask: Array,
     cfg: TransformerConfig,
-) -> tuple[Array, tuple[Array, Array]]:
+) -> tuple[Array, Cache]:
     """Feeds one token a row: writes its keys and values, returns its hidden state.
 
     Args:
-        params: of `layers_apart` or `init_params`.
-        cache: keys and values, each [L, B, N, S, H]; the carry of the loops, so that
-            they are updated in place.
+        params: of `layers_apart`.
+        cache: of `prefill`; the carry of the loops, so that it is updated in place.
         tokens: int32, [B].
         positions: int32, [B].
         column: int32 [], the cache column all rows write to.
         mask: bool, [B, S'], columns each row reads, `column` among them; those from
-            S' <= S on are left alone.
+            S' <= S on are left alone (S' = S where each layer has its own cache).
         cfg: shape of the model.
 
     Returns:
         hidden states after the last norm, [B, D]; the new cache.
     """
 
+    def put(cache, new, index):
+        """A layer's new column [B, 1, N, H] in its cache; what it then reads of it,
+        [B, N, S', H]."""
+        new = jnp.swapaxes(new, 1, 2)
+        if index is None:
+            return (jax.lax.dynamic_update_slice(cache, new, (0, 0, column, 0)),) * 2
+        start = (index, 0, 0, column, 0)
+        cache = jax.lax.dynamic_update_slice(cache, new[None], start)
+        sizes = (1, *new.shape[:2], mask.shape[1], new.shape[3])
+        return cache, jax.lax.dynamic_slice(cache, (index, 0, 0, 0, 0), sizes)[0]
+
     def layer(carry, layer_params_and_index):
         layer_params, index = layer_params_and_index
         x, keys, values = carry
-        _, B, N, _, H = keys.shape
         written = []
 
-        def here(cache):  # what this layer reads: [B, N, S', H]
-            sizes = (1, B, N, mask.shape[1], H)
-            return jax.lax.dynamic_slice(cache, (index, 0, 0, 0, 0), sizes)[0]
-
         def attend(q, k, v):  # [B, 1, N, H]
-            start = (index, 0, 0, column, 0)
-            k, v = jnp.swapaxes(k, 1, 2)[None], jnp.swapaxes(v, 1, 2)[None]
-            all_keys = jax.lax.dynamic_update_slice(keys, k, start)
-            all_values = jax.lax.dynamic_update_slice(values, v, start)
+            all_keys, k = put(keys, k, index)
+            all_values, v = put(values, v, index)
             written.extend((all_keys, all_values))
-            scores = attention_scores("bnh,bnsh->bns", q[:, 0], here(all_keys))
+            scores = attention_scores("bnh,bnsh->bns", q[:, 0], k)
             weights = jax.nn.softmax(jnp.where(mask[:, None], scores, NEG_INF), axis=-1)
-            weights = weights.astype(v.dtype)
-            return jnp.einsum("bns,bnsh->bnh", weights, here(all_values))[:, None]
+            return jnp.einsum("bns,bnsh->bnh", weights.astype(v.dtype), v)[:, None]
 
         x = block(layer_params, x, attend, cfg)
         return (x, *written), None
 
     x = embed(params, tokens[:, None], positions[:, None], cfg.dtype)
-    carry, blocks = (x, *cache), params["blocks"]
+    blocks = params["blocks"]
+    if isinstance(cache[0], tuple):
+        new = []
+        for layer_params, pair in zip(blocks, cache, strict=True):
+            (x, keys, values), _ = layer((x, *pair), (layer_params, None))
+            new.append((keys, values))
+        return final_norm(params, x)[:, 0], tuple(new)
+    carry = (x, *cache)
     if isinstance(blocks, tuple):
-        for layer_params_and_index in zip(blocks, range(cfg.num_layers), strict=True):
-            carry, _ = layer(carry, layer_params_and_index)
+        for index, layer_params in enumerate(blocks):
+            carry, _ = layer(carry, (layer_params, index))
     else:
         carry, _ = jax.lax.scan(layer, carry, (blocks, jnp.arange(cfg.num_layers)))
     x, keys, values = carry

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.nn.config import TransformerConfig
-from rlhf_jax.nn.decoding import decode_step, layers_apart, prefill
+from rlhf_jax.nn.decoding import decode_step, layers_apart, prefill, widened
 from rlhf_jax.nn.heads import lm_logits
 from rlhf_jax.nn.sampling import (
     Rollout,
@@ -69,19 +69,19 @@ def generate_refilled(
     stems = prefill(params, prompts, model, 0)
     layers = layers_apart(params, model)
     first = jnp.arange(B)
-    room = ((0, 0), (0, 0), (0, 0), (0, R), (0, 0))
-    cache = tuple(jnp.pad(x[:, :B], room) for x in stems)
+    cache = widened(jax.tree.map(lambda x: x[..., :B, :, :, :], stems), stem + R)
 
     def refill(carry):
         """Gives the next prompt to the first free slot."""
         step, next_prompt, rows, starts, tokens, free, cache, rollout = carry
         slot = jnp.argmax(free)
         put = jax.lax.dynamic_update_slice_in_dim
-        here = [jax.lax.dynamic_index_in_dim(x, next_prompt, 1) for x in stems]
-        cache = (
-            jax.lax.dynamic_update_slice(cache[0], here[0], (0, slot, 0, 0, 0)),
-            jax.lax.dynamic_update_slice(cache[1], here[1], (0, slot, 0, 0, 0)),
-        )
+
+        def take(rows, prompts):
+            prompt = jax.lax.dynamic_index_in_dim(prompts, next_prompt, -4)
+            return put(rows, prompt, slot, -4)
+
+        cache = jax.tree.map(take, cache, stems)
         rows = put(rows, next_prompt[None], slot, 0)
         starts = put(starts, step[None], slot, 0)
         tokens = put(tokens, last[next_prompt][None], slot, 0)

@@ -15,7 +15,14 @@ from flax import struct
 
 from rlhf_jax.nn.attention import NEG_INF
 from rlhf_jax.nn.config import TransformerConfig
-from rlhf_jax.nn.decoding import decode_step, layers_apart, prefill, stretches
+from rlhf_jax.nn.decoding import (
+    caches_apart,
+    decode_step,
+    layers_apart,
+    prefill,
+    stretches,
+    widened,
+)
 from rlhf_jax.nn.heads import lm_logits
 from rlhf_jax.nn.transformer import Params, cast_once
 
@@ -218,11 +225,14 @@ def generate(
 
     empty = empty_rollout(B, R, pad_id)
     alive = jnp.ones((B,), bool)
-    carry = (jnp.int32(0), last, alive, prefill(params, prompts, model, R), empty)
+    cache = prefill(params, prompts, model, 0 if caches_apart(model) else R)
+    carry = (jnp.int32(0), last, alive, cache, empty)
     for end in stretches(R):
 
         def goes_on(carry, end=end):
             return (carry[0] < end) & jnp.any(carry[2])
 
+        t, tokens, alive, cache, rollout = carry
+        carry = (t, tokens, alive, widened(cache, stem + end), rollout)
         carry = jax.lax.while_loop(goes_on, functools.partial(body, end), carry)
     return carry[-1]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.nn import refill
+from rlhf_jax.nn import decoding, refill
 from rlhf_jax.nn.refill import generate_refilled
 from rlhf_jax.nn.sampling import Sampling, generate
 
@@ -49,9 +49,12 @@ def test_slots_draw_the_tokens_of_all_rows_at_once(case, slots):
         chex.assert_trees_all_close(actual, expected, atol=2e-5)
 
 
-def test_slots_draw_the_same_with_layers_written_out(case, monkeypatch):
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_slots_draw_the_same_with_one_cache_for_all_layers(case, monkeypatch, backend):
+    """Of layers written out, as on GPUs, and of a loop over them, if they are many."""
     expected = run(case, 2, 0)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(decoding, "MAX_UNROLLED", 0)
     chex.assert_trees_all_close(run(case, 2, 0), expected, atol=2e-5)
 
 

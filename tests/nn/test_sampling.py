@@ -12,7 +12,7 @@ from scipy import stats
 from rlhf_jax.nn import decoding
 from rlhf_jax.nn import sampling as sampling_module
 from rlhf_jax.nn.attention import NEG_INF
-from rlhf_jax.nn.decoding import decode_step, prefill, stretches
+from rlhf_jax.nn.decoding import decode_step, layers_apart, prefill, stretches
 from rlhf_jax.nn.responses import forward_responses
 from rlhf_jax.nn.sampling import (
     Sampling,
@@ -492,17 +492,38 @@ def test_one_token_prompts_need_no_prefill(compiled, policy, prompts):
     assert_same_rollout(short, padded)
 
 
-def test_decoding_on_the_cache_gives_the_states_of_a_full_run(tiny, random_params):
-    cfg = tiny()
+@pytest.fixture(params=["apart", "written out", "looped"])
+def lay_out(request, monkeypatch):
+    """Chooses the caches: each layer's own, as on CPUs; one of layers that are written
+    out, as on GPUs; one of a loop over layers, as where they are many. Tells which."""
+
+    def choose():
+        if request.param == "written out":
+            monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        if request.param == "looped":
+            monkeypatch.setattr(decoding, "MAX_UNROLLED", 0)
+        return request.param
+
+    return choose
+
+
+def test_decoding_on_the_cache_gives_the_states_of_a_full_run(
+    tiny, random_params, lay_out
+):
+    cfg, layout = tiny(), lay_out()
     params = random_params(cfg)
     tokens = jnp.arange(7, dtype=jnp.int32)[None] % 5
     cache = prefill(params, tokens[:, :4], cfg, num_columns=4)  # holds three tokens
-    assert cache[0].shape == cache[1].shape == (2, 1, 2, 3 + 4, 8)
+    one, stacked = (1, 2, 3 + 4, 8), (2, 1, 2, 3 + 4, 8)
+    shapes = [x.shape for x in jax.tree.leaves(cache)]
+    assert shapes == ([one] * 4 if layout == "apart" else [stacked] * 2)
     expected = forward(params, tokens, cfg)
     step = jax.jit(functools.partial(decode_step, cfg=cfg))
+    layers = layers_apart(params, cfg)
+    assert isinstance(layers["blocks"], tuple) == (layout != "looped")
     for t in range(3, 7):
         hidden, cache = step(
-            params,
+            layers,
             cache,
             tokens[:, t],
             jnp.full((1,), t, jnp.int32),
@@ -512,17 +533,16 @@ def test_decoding_on_the_cache_gives_the_states_of_a_full_run(tiny, random_param
         np.testing.assert_allclose(hidden, expected[:, t], atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_stretches_of_the_cache_change_no_rollout(
-    monkeypatch, compiled, tiny, policy, prompts, backend
+    monkeypatch, compiled, tiny, policy, prompts, lay_out
 ):
-    """Also with layers written out, as on GPUs, and if the last is never reached."""
+    """Also if the last is never reached."""
     eager = policy["final_norm"]["bias"] + 3.0 * policy["embed"][EOS]  # ends sooner
     eager = policy | {"final_norm": policy["final_norm"] | {"bias": eager}}
     args = (prompts, PROMPT_LENGTHS, 1.0, CONTRACTS[0][0])
     expected = [compiled(params, *args) for params in (policy, eager)]
     monkeypatch.setattr(decoding, "MIN_STRETCH", 2)
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    lay_out()
     ends = stretches(R)
     last = [np.searchsorted(ends, np.max(rollout.lengths)) for rollout in expected]
     assert len(ends) == 4 and last[1] < last[0]

@@ -10,7 +10,7 @@ import pytest
 from rlhf_jax.data.batches import TokenBatch
 from rlhf_jax.nn import transformer
 from rlhf_jax.nn.config import PUBLISHED_SIZES, TransformerConfig
-from rlhf_jax.nn.decoding import decode_step, prefill
+from rlhf_jax.nn.decoding import decode_step, layers_apart, prefill
 from rlhf_jax.nn.heads import lm_logits
 from rlhf_jax.nn.responses import forward_responses, last_response_states
 from rlhf_jax.nn.transformer import cast_once, init_params
@@ -86,38 +86,35 @@ def test_prefill_is_a_loop_of_equal_layers(params):
 
 
 def test_a_decoding_step_reads_weights_and_cache(params):
-    """FLOPs as XLA counts them (layers once, the head), bytes as the arrays have."""
+    """FLOPs as XLA counts them, with the head; bytes as the arrays have."""
     B, S = 4, 96
-    cache = (jax.ShapeDtypeStruct((3, B, 2, S, 64), jnp.float32),) * 2
+    P, R = S - 3, 4  # `generate` makes a cache of P - 1 + R columns
+    cache = jax.eval_shape(lambda p, x: prefill(p, x, CFG, R), params, ids(B, P))
+    layers = jax.eval_shape(lambda p: layers_apart(p, CFG), params)
 
-    def step(params, cache, tokens, positions, mask):
+    def step(layers, cache, tokens, positions, mask):
         hidden, _ = decode_step(
-            params, cache, tokens, positions, jnp.int32(S - 1), mask, CFG
+            layers, cache, tokens, positions, jnp.int32(S - 1), mask, CFG
         )
-        return lm_logits(params, hidden)
+        return lm_logits(layers, hidden)
 
     mask = jax.ShapeDtypeStruct((B, S), jnp.bool_)
-    counted = flops_of(step, params, cache, ids(B), ids(B), mask)
-    one_layer = dataclasses.replace(CFG, num_layers=1)
-    P, R = S - 3, 4  # `generate` makes a cache of P - 1 + R columns
-    widths = jax.eval_shape(lambda p, x: prefill(p, x, CFG, R), params, ids(B, P))
-    assert [x.shape for x in widths] == [x.shape for x in cache]
-    ours = costs.rollout(one_layer, B, P, R)
-    prompt = costs.forward(one_layer, B * (P - 1), P - 1)
-    assert (ours.flops - prompt.flops) / R == pytest.approx(counted, rel=0.05)
+    counted = flops_of(step, layers, cache, ids(B), ids(B), mask)
     whole = costs.rollout(CFG, B, P, R)
+    prompt = costs.forward(CFG, B * (P - 1), P - 1)
+    assert (whole.flops - prompt.flops) / R == pytest.approx(counted, rel=0.05)
     weights = 4 * (costs.block_params(CFG) + 640 * 128)
-    held = sum(x.size * 4 for x in cache)
+    held = sum(x.size * 4 for x in jax.tree.leaves(cache))
     assert whole.bytes / 4 == pytest.approx(weights + held)
 
 
 def test_decoding_reads_what_its_stretch_may_fill():
-    """128 tokens in four parts that read 32, 64, 96 and 128 columns and the prompt."""
+    """128 tokens in two parts that read 64 and 128 columns and the prompt."""
     whole, prompt = costs.rollout(CFG, 4, 33, 128), costs.rollout(CFG, 4, 33, 0)
     rows = 4 * 2 * CFG.num_layers * CFG.model_dim * 4  # bytes of a column
     weights = 4 * (costs.block_params(CFG) + 640 * 128)
-    assert whole.bytes == 128 * (weights + rows * (32 + 80))
-    attention = 4 * CFG.num_layers * CFG.model_dim * 4 * 128 * (32 + 80)
+    assert whole.bytes == 128 * (weights + rows * (32 + 96))
+    attention = 4 * CFG.num_layers * CFG.model_dim * 4 * 128 * (32 + 96)
     products = 2 * 4 * 128 * (costs.block_params(CFG) + 640 * 128)
     assert whole.flops - prompt.flops == attention + products
 
