@@ -67,7 +67,7 @@ def caches_apart(cfg: TransformerConfig) -> bool:
 
 
 def widened(cache: Cache, num_columns: int) -> Cache:
-    """The cache with room for so many columns, S, if it has fewer."""
+    """The cache, [..., N, S, H], with room for so many columns, S, if it has fewer."""
 
     def widen(x):
         missing = max(num_columns - x.shape[-2], 0)
