@@ -40,8 +40,8 @@ def written_out(cfg: TransformerConfig) -> bool:
     A slice of stacked weights in a loop over tokens is copied in each step: 24 of the
     151 ms that 128 steps of GPT-2 124M took in a profile on an H100.
     """
-    many = MAX_UNROLLED_GPU if jax.default_backend() == "gpu" else MAX_UNROLLED
-    return cfg.num_layers <= many
+    most = {"gpu": MAX_UNROLLED_GPU, "cpu": MAX_UNROLLED}
+    return cfg.num_layers <= most.get(jax.default_backend(), 0)
 
 
 def layers_apart(params: Params, cfg: TransformerConfig) -> Params:
@@ -57,11 +57,12 @@ def layers_apart(params: Params, cfg: TransformerConfig) -> Params:
 
 
 def caches_apart(cfg: TransformerConfig) -> bool:
-    """Whether each layer has a cache of its own, [B, N, S, H], as wide as its stretch.
+    """Whether each layer has a cache of its own, [B, N, S, H], in `generate` no wider
+    than its stretch.
 
-    On a CPU what a product reads of a larger array is copied first, in each step:
-    without, 32 rows of 4 layers of 256 took 1.2 times as long. On accelerators the
-    cache is what memory is short of: it is laid out once.
+    On a CPU what a product reads of a larger array is copied first, in each step
+    (docs/speed.md has the times). On accelerators the cache is what memory is short of:
+    it is laid out once.
     """
     return jax.default_backend() == "cpu" and written_out(cfg)
 
@@ -111,9 +112,7 @@ def prefill(
         shape = (cfg.num_layers, B, cfg.num_heads, 0, cfg.head_dim)
         cache = jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype)
     if caches_apart(cfg):
-        keys, values = cache
-        layers = range(cfg.num_layers)
-        cache = tuple((keys[i], values[i]) for i in layers)
+        cache = tuple(zip(*cache, strict=True))
     return widened(cache, stem + num_columns)
 
 
@@ -147,41 +146,43 @@ def decode_step(
         [B, N, S', H]."""
         new = jnp.swapaxes(new, 1, 2)
         if index is None:
-            return (jax.lax.dynamic_update_slice(cache, new, (0, 0, column, 0)),) * 2
+            cache = jax.lax.dynamic_update_slice(cache, new, (0, 0, column, 0))
+            return cache, cache
         start = (index, 0, 0, column, 0)
         cache = jax.lax.dynamic_update_slice(cache, new[None], start)
         sizes = (1, *new.shape[:2], mask.shape[1], new.shape[3])
         return cache, jax.lax.dynamic_slice(cache, (index, 0, 0, 0, 0), sizes)[0]
 
-    def layer(carry, layer_params_and_index):
-        layer_params, index = layer_params_and_index
-        x, keys, values = carry
+    def layer(x, params, cache, index):
+        """One layer, number `index` of its cache; None: the cache is its own."""
         written = []
 
         def attend(q, k, v):  # [B, 1, N, H]
-            all_keys, k = put(keys, k, index)
-            all_values, v = put(values, v, index)
-            written.extend((all_keys, all_values))
+            keys, k = put(cache[0], k, index)
+            values, v = put(cache[1], v, index)
+            written.extend((keys, values))
             scores = attention_scores("bnh,bnsh->bns", q[:, 0], k)
             weights = jax.nn.softmax(jnp.where(mask[:, None], scores, NEG_INF), axis=-1)
             return jnp.einsum("bns,bnsh->bnh", weights.astype(v.dtype), v)[:, None]
 
-        x = block(layer_params, x, attend, cfg)
-        return (x, *written), None
+        x = block(params, x, attend, cfg)
+        return x, tuple(written)
 
     x = embed(params, tokens[:, None], positions[:, None], cfg.dtype)
-    blocks = params["blocks"]
+    blocks, indices = params["blocks"], range(cfg.num_layers)
     if isinstance(cache[0], tuple):
-        new = []
-        for layer_params, pair in zip(blocks, cache, strict=True):
-            (x, keys, values), _ = layer((x, *pair), (layer_params, None))
-            new.append((keys, values))
-        return final_norm(params, x)[:, 0], tuple(new)
-    carry = (x, *cache)
-    if isinstance(blocks, tuple):
-        for index, layer_params in enumerate(blocks):
-            carry, _ = layer(carry, (layer_params, index))
+        caches = []
+        for layer_params, own in zip(blocks, cache, strict=True):
+            x, own = layer(x, layer_params, own, None)
+            caches.append(own)
+        cache = tuple(caches)
+    elif isinstance(blocks, tuple):
+        for layer_params, index in zip(blocks, indices, strict=True):
+            x, cache = layer(x, layer_params, cache, index)
     else:
-        carry, _ = jax.lax.scan(layer, carry, (blocks, jnp.arange(cfg.num_layers)))
-    x, keys, values = carry
-    return final_norm(params, x)[:, 0], (keys, values)
+        (x, cache), _ = jax.lax.scan(
+            lambda carry, xs: (layer(carry[0], xs[0], carry[1], xs[1]), None),
+            (x, cache),
+            (blocks, jnp.asarray(indices)),
+        )
+    return final_norm(params, x)[:, 0], cache

@@ -77,9 +77,9 @@ def generate_refilled(
         slot = jnp.argmax(free)
         put = jax.lax.dynamic_update_slice_in_dim
 
-        def take(rows, prompts):
-            prompt = jax.lax.dynamic_index_in_dim(prompts, next_prompt, -4)
-            return put(rows, prompt, slot, -4)
+        def take(slots, all_stems):
+            stem = jax.lax.dynamic_index_in_dim(all_stems, next_prompt, -4)
+            return put(slots, stem, slot, -4)
 
         cache = jax.tree.map(take, cache, stems)
         rows = put(rows, next_prompt[None], slot, 0)

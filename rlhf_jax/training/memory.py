@@ -13,7 +13,7 @@ Accelerators have not been compared.
 import dataclasses
 
 from rlhf_jax.nn.config import TransformerConfig
-from rlhf_jax.nn.decoding import written_out
+from rlhf_jax.nn.decoding import caches_apart, stretches, written_out
 from rlhf_jax.nn.transformer import unrolled
 from rlhf_jax.training.activations import (
     Row,
@@ -267,7 +267,7 @@ def _decoding(
     holders: int,
 ) -> list[Memory]:
     """Responses [decoded, R] at a time after prompts [rows, P], see `ppo_iteration`:
-    while the cache is laid out, and while tokens are drawn."""
+    while the cache is laid out, is widened layer by layer, and tokens are drawn."""
     stem = rows * cache_bytes(model, 1, prompt - 1)
     cache = decoded * cache_bytes(model, 1, prompt - 1 + length)
     least = (stem + cache) / 2
@@ -279,9 +279,12 @@ def _decoding(
         copied += BYTES[model.dtype] * block_params(model) / holders
     both = Memory(cache=cache, activations=copied, least=least)
     logits = 4 * 4 * decoded * model.vocab_size
-    kept = 0.0 if decoded == rows else stem
+    kept, narrower = (0.0 if decoded == rows else stem), 0.0
+    if decoded == rows and caches_apart(model):
+        before = prompt - 1 + [0, *stretches(length)][-2]
+        narrower = decoded * cache_bytes(model, 1, before) / model.num_layers
     return [
-        dataclasses.replace(both, cache=cache + stem),
+        dataclasses.replace(both, cache=cache + max(stem, narrower)),
         dataclasses.replace(both, cache=cache + kept, logits=logits),
     ]
 

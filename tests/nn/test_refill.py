@@ -51,10 +51,13 @@ def test_slots_draw_the_tokens_of_all_rows_at_once(case, slots):
 
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 def test_slots_draw_the_same_with_one_cache_for_all_layers(case, monkeypatch, backend):
-    """Of layers written out, as on GPUs, and of a loop over them, if they are many."""
-    expected = run(case, 2, 0)
+    """Of layers written out, as on GPUs, and of a loop over them, as where they are
+    many."""
+    expected, model = run(case, 2, 0), case[1]["model"]
+    assert decoding.caches_apart(model)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(decoding, "MAX_UNROLLED", 0)
+    assert not decoding.caches_apart(model)
+    assert decoding.written_out(model) == (backend == "gpu")
     chex.assert_trees_all_close(run(case, 2, 0), expected, atol=2e-5)
 
 

@@ -485,13 +485,6 @@ def test_a_new_temperature_does_not_compile_again(tiny, policy, prompts):
     assert np.any(cold != hot)
 
 
-def test_one_token_prompts_need_no_prefill(compiled, policy, prompts):
-    one = np.ones((B,), np.int32)
-    short = compiled(policy, prompts[:, :1], one, 1.0, CONTRACTS[0][0])
-    padded = compiled(policy, prompts, one, 1.0, CONTRACTS[0][0])
-    assert_same_rollout(short, padded)
-
-
 @pytest.fixture(params=["apart", "written out", "looped"])
 def lay_out(request, monkeypatch):
     """Chooses the caches: each layer's own, as on CPUs; one of layers that are written
@@ -505,6 +498,16 @@ def lay_out(request, monkeypatch):
         return request.param
 
     return choose
+
+
+def test_one_token_prompts_need_no_prefill(compiled, tiny, policy, prompts, lay_out):
+    one = np.ones((B,), np.int32)
+    padded = compiled(policy, prompts, one, 1.0, CONTRACTS[0][0])
+    lay_out()
+    static = {"eos_id": EOS, "pad_id": PAD, "model": tiny()}
+    sample = functools.partial(generate, **static, sampling=CONTRACTS[0][0])
+    ids = jnp.asarray(prompts[:, :1]), jnp.asarray(one), jax.random.key(0)
+    assert_same_rollout(jax.jit(sample)(policy, *ids, 1.0), padded)
 
 
 def test_decoding_on_the_cache_gives_the_states_of_a_full_run(

@@ -294,19 +294,20 @@ def test_a_step_on_text_with_fsdp(num_layers):
 
 
 @pytest.mark.parametrize(
-    ("model", "prompt", "laid_out"),
+    ("model", "prompt", "R", "laid_out"),
     [
-        (shape(), 448, False),  # attention over the prompts is the fullest moment
-        (shape(vocab=50257), 64, False),  # the logits of a token are
-        (shape(dim=192, vocab=4096), 128, True),
-        pytest.param(shape(12), 448, True, marks=pytest.mark.slow),
+        (shape(), 448, 64, False),  # attention over the prompts is the fullest moment
+        (shape(vocab=50257), 64, 64, False),  # the logits of a token are
+        (shape(dim=192, vocab=4096), 128, 64, True),
+        (shape(vocab=512), 8, 256, False),  # a layer's cache being widened is
+        pytest.param(shape(12), 448, 64, True, marks=pytest.mark.slow),
     ],
-    ids=["prompts", "logits", "cache", "deep"],
+    ids=["prompts", "logits", "cache", "long", "deep"],
 )
-def test_samples(model, prompt, laid_out):
+def test_samples(model, prompt, R, laid_out):
     """Where the cache being laid out is the fullest moment, XLA holds the prompts' keys
     twice, and their values twice or not."""
-    R, mesh = 64, some_devices(1, 1)
+    mesh = some_devices(1, 1)
     params = jax.eval_shape(lambda: init_params(jax.random.key(0), model))
     static = {"eos_id": 1, "pad_id": 0, "sampling": Sampling(response_len=R)}
     found = (
@@ -318,7 +319,7 @@ def test_samples(model, prompt, laid_out):
     memory = sampling(model, 1, 64, prompt, R)
     keys = cache_bytes(model, 64, prompt - 1) / 2 if laid_out else 0
     assert memory.temporaries > 0.98 * found.temp_size_in_bytes
-    assert memory.temporaries - keys < 1.02 * found.temp_size_in_bytes
+    assert memory.temporaries - keys < 1.04 * found.temp_size_in_bytes
     assert memory.least <= found.argument_size_in_bytes + found.temp_size_in_bytes
     three = sampling(model, 3, 64, prompt, R)
     assert three.arguments == pytest.approx(3 * found.argument_size_in_bytes, rel=0.01)
