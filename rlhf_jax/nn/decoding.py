@@ -169,7 +169,7 @@ def decode_step(
         return x, tuple(written)
 
     x = embed(params, tokens[:, None], positions[:, None], cfg.dtype)
-    blocks, indices = params["blocks"], range(cfg.num_layers)
+    blocks = params["blocks"]
     if isinstance(cache[0], tuple):
         caches = []
         for layer_params, own in zip(blocks, cache, strict=True):
@@ -177,12 +177,12 @@ def decode_step(
             caches.append(own)
         cache = tuple(caches)
     elif isinstance(blocks, tuple):
-        for layer_params, index in zip(blocks, indices, strict=True):
+        for index, layer_params in enumerate(blocks):
             x, cache = layer(x, layer_params, cache, index)
     else:
         (x, cache), _ = jax.lax.scan(
             lambda carry, xs: (layer(carry[0], xs[0], carry[1], xs[1]), None),
             (x, cache),
-            (blocks, jnp.asarray(indices)),
+            (blocks, jnp.arange(cfg.num_layers)),
         )
     return final_norm(params, x)[:, 0], cache

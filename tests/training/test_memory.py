@@ -294,17 +294,18 @@ def test_a_step_on_text_with_fsdp(num_layers):
 
 
 @pytest.mark.parametrize(
-    ("model", "prompt", "R", "laid_out"),
+    ("model", "prompt", "R", "laid_out", "most"),
     [
-        (shape(), 448, 64, False),  # attention over the prompts is the fullest moment
-        (shape(vocab=50257), 64, 64, False),  # the logits of a token are
-        (shape(dim=192, vocab=4096), 128, 64, True),
-        (shape(vocab=512), 8, 256, False),  # a layer's cache being widened is
-        pytest.param(shape(12), 448, 64, True, marks=pytest.mark.slow),
+        # attention over the prompts is the fullest moment
+        (shape(), 448, 64, False, 1.02),
+        (shape(vocab=50257), 64, 64, False, 1.02),  # the logits of a token are
+        (shape(dim=192, vocab=4096), 128, 64, True, 1.02),
+        (shape(vocab=512), 8, 256, False, 1.04),  # a layer's cache being widened is
+        pytest.param(shape(12), 448, 64, True, 1.02, marks=pytest.mark.slow),
     ],
     ids=["prompts", "logits", "cache", "long", "deep"],
 )
-def test_samples(model, prompt, R, laid_out):
+def test_samples(model, prompt, R, laid_out, most):
     """Where the cache being laid out is the fullest moment, XLA holds the prompts' keys
     twice, and their values twice or not."""
     mesh = some_devices(1, 1)
@@ -319,7 +320,7 @@ def test_samples(model, prompt, R, laid_out):
     memory = sampling(model, 1, 64, prompt, R)
     keys = cache_bytes(model, 64, prompt - 1) / 2 if laid_out else 0
     assert memory.temporaries > 0.98 * found.temp_size_in_bytes
-    assert memory.temporaries - keys < 1.04 * found.temp_size_in_bytes
+    assert memory.temporaries - keys < most * found.temp_size_in_bytes
     assert memory.least <= found.argument_size_in_bytes + found.temp_size_in_bytes
     three = sampling(model, 3, 64, prompt, R)
     assert three.arguments == pytest.approx(3 * found.argument_size_in_bytes, rel=0.01)
