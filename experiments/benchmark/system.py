@@ -18,6 +18,7 @@ from rlhf_jax.data.batches import TokenBatch
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.transformer import init_params
 from rlhf_jax.stages.pretrain import lm_loss
+from rlhf_jax.training.mesh import MeshConfig
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
@@ -33,8 +34,45 @@ def _problem(cfg: TransformerConfig, B: int, T: int, mesh=None):
     return batch, step, opt.scalars()
 
 
+def _child(code: str, *args: int, **env: str) -> list[str]:
+    """Lines that a Python process of its own prints."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    done = subprocess.run(
+        command, env=os.environ | env, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def _on_cpu_devices(count: int) -> dict[str, str]:
+    """Environment of a process whose CPU shows so many devices."""
+    flag = f"--xla_force_host_platform_device_count={count}"
+    return {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+
+
+_SWEEP = """
+import dataclasses, json, sys
+from experiments.benchmark.system import sweep_here
+from rlhf_jax.training.host import keep_freed_memory
+keep_freed_memory()
+print(json.dumps(dataclasses.asdict(sweep_here(*map(int, sys.argv[1:])))))
+"""
+
+
 def sweep(repeats: int, seeds: int = 8) -> list[Row]:
-    """Ten updates of 8 seeds at the embedded scale, mapped, against in turn."""
+    """`sweep_here`, on a CPU in a process that shows each core as a device.
+
+    Operations of this size leave much of a second core idle, seeds do not.
+    """
+    if jax.default_backend() != "cpu":
+        return [sweep_here(repeats, seeds)]
+    cores = os.cpu_count() or 1
+    count = max(n for n in range(1, seeds + 1) if seeds % n == 0 and n <= cores)
+    printed = _child(_SWEEP, repeats, seeds, **_on_cpu_devices(count))
+    return [Row(**json.loads(printed[-1]))]
+
+
+def sweep_here(repeats: int, seeds: int) -> Row:
+    """Ten updates of some seeds, mapped and dealt over all devices, against in turn."""
     cfg = TransformerConfig(
         num_layers=3, model_dim=64, num_heads=2, max_len=128, vocab_size=768
     )
@@ -46,13 +84,21 @@ def sweep(repeats: int, seeds: int = 8) -> list[Row]:
         return jax.lax.scan(body, state, length=10)[0].params
 
     keys = jax.random.split(jax.random.key(0), seeds)
-    mapped, single = jax.jit(jax.vmap(run)), jax.jit(run)
+    mesh = MeshConfig().make()
+    dealt = jax.P(mesh.axis_names)
+    mapped = jax.jit(  # left to XLA, devices would gather each other's activations
+        jax.shard_map(
+            jax.vmap(run), mesh=mesh, in_specs=dealt, out_specs=dealt, check_vma=False
+        )
+    )
+    single = jax.jit(run)
     together, apart = mapped(keys), [single(key) for key in keys]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *apart)
-    chex.assert_trees_all_close(together, stacked, atol=1e-4)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(apart))
+    chex.assert_trees_all_close(jax.device_get(together), stacked, atol=1e-4)
     ours = lambda: mapped(keys)  # noqa: E731
     theirs = lambda: [single(key) for key in keys]  # noqa: E731
-    return [duel("sweep/8seeds", ours, "8 runs in turn", theirs, repeats, 1.5)]
+    note = f"{mesh.size} device(s)"
+    return duel("sweep/8seeds", ours, "8 runs in turn", theirs, repeats, 1.5, note)
 
 
 def compile_depth(repeats: int) -> list[Row]:
@@ -117,12 +163,7 @@ def start_warm(repeats: int) -> list[Row]:
         times, loaded = [], ""
         for _ in range(repeats + 1):
             begin = time.perf_counter()
-            out = subprocess.run(
-                [sys.executable, "-c", _START.format(cache=cache)],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.splitlines()
+            out = _child(_START.format(cache=cache))
             times.append((time.perf_counter() - begin, *map(float, out[0].split())))
             loaded = out[1]
     total, imported, first = np.array(times[1:]).T
@@ -183,15 +224,7 @@ def devices(count: int, repeats: int) -> list[Row]:
     rows = 8 * count
 
     def measure(n: int) -> dict:
-        flags = f"--xla_force_host_platform_device_count={n}"
-        out = subprocess.run(
-            [sys.executable, "-c", _DEVICES, str(rows)],
-            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return json.loads(out.stdout.splitlines()[-1])
+        return json.loads(_child(_DEVICES, rows, **_on_cpu_devices(n))[-1])
 
     runs = [(measure(count), measure(1)) for _ in range(repeats)]
     runs.sort(key=lambda pair: pair[0]["time"] / pair[1]["time"])
