@@ -4,9 +4,10 @@ python -m experiments.plan gpt3-xl gpt3-6.7b gpt3-175b --devices 256
 
 Counted from the shapes (`rlhf_jax.training.costs`): work in petaflop/s-days, bytes each
 device must hold, and hours at the rates given. Each device decodes its own episodes
-and reads all weights at every token, as replicas and fsdp do. Blocks are computed again
-in the backward pass (`remat` block). Links between devices are not counted, and nothing
-is said of what a rate will be there: give one you have measured.
+and reads all weights at every token, as replicas and fsdp do. Bytes are with
+blocks computed again in the backward pass (`remat` block), work is without that. Links
+between devices are not counted, and nothing is said of what a rate will be there: give
+one you have measured, in FLOPs of the model, with `remat`.
 
 trained: parameters, moments, gradients. frozen: reference, average, reward model.
 cache: while sampling. logits: of a microbatch of text. peak: all that is held at the
@@ -59,7 +60,8 @@ class Plan:
     devices: int = 64
     """Devices that share parameters, episodes and text evenly."""
     flops_per_second: float = 3.4e14
-    """Of one device in bfloat16 products (an H100 trained 124M at 3.4e14)."""
+    """Of the model, by one device (an H100, bfloat16: 3.4e14 training 124M without
+    `remat`, 3.2e14 training 1558M with `remat` block)."""
     bytes_per_second: float = 1.0e12
     """Of one device while it decodes (an H100 at 124M: 1.0e12)."""
 

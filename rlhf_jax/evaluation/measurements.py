@@ -6,11 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.evaluation.statistics import (
-    Estimate,
-    format_estimate,
-    independent_difference,
-)
+from rlhf_jax.evaluation.statistics import Estimate, format_estimate
 
 Document = Mapping[str, Any]
 Curve = tuple[np.ndarray, np.ndarray]
@@ -217,15 +213,14 @@ def metadata_gain(label: str, baseline: str) -> Measure:
             _estimate(evaluation, "models", model, "metadata", label)
             for model in ("ppo", baseline)
         )
-        if label in MORE_IS_BETTER:
-            gain = independent_difference(ours, theirs)
-        else:
-            gain = independent_difference(theirs, ours)
+        gain = _estimate(
+            evaluation, "differences", "metadata", label, f"ppo-{baseline}"
+        )
         return Measurement(
-            gain,
+            gain if label in MORE_IS_BETTER else gain.negated(),
             f"PPO {format_estimate(ours, unit='%')}, {MODEL_LABELS[baseline]} "
-            f"{format_estimate(theirs, unit='%')}; the interval takes the two "
-            "rates as independent.",
+            f"{format_estimate(theirs, unit='%')}; the difference is taken prompt by "
+            "prompt.",
         )
 
     return measure

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,19 +23,18 @@ class Pairs:
 
     def __init__(self, scored: Scored):
         rankings, scores, lengths = scored
-        rows: list[tuple[int, float, float, str | None]] = []
+        rows: list[tuple[str, float, float, str | None]] = []
         offset = 0
-        for index, (ranking, values) in enumerate(zip(rankings, scores, strict=True)):
+        for ranking, values in zip(rankings, scores, strict=True):
             ranks = ranking.ranks
             for i, j in itertools.permutations(range(len(ranks)), 2):
                 if ranks[i] < ranks[j]:
                     margin = float(values[i] - values[j])
                     longer = float(lengths[offset + i] - lengths[offset + j])
-                    rows.append((index, margin, longer, ranking.labeler))
+                    rows.append((ranking.prompt, margin, longer, ranking.labeler))
             offset += len(ranks)
-        # pairs of one prompt belong together, whoever ranked it
-        prompts = {r.prompt: n for n, r in enumerate(rankings)}
-        self.prompt = np.array([prompts[rankings[r[0]].prompt] for r in rows])
+        self.prompts = [r[0] for r in rows]
+        self.prompt = _numbers(self.prompts)
         self.margin = np.array([r[1] for r in rows])
         self.longer = np.array([r[2] for r in rows])
         self.labeler = [r[3] for r in rows]
@@ -54,6 +53,12 @@ class Pairs:
             return None
         right, longer = _right(self.margin), _right(self.longer)
         return paired_difference(right, longer, clusters=self.prompt)
+
+
+def _numbers(items: Iterable[Hashable]) -> np.ndarray:
+    """Clusters: a number for each item, the same for equal ones."""
+    seen: dict[Hashable, int] = {}
+    return np.array([seen.setdefault(item, len(seen)) for item in items], int)
 
 
 def _share(
@@ -108,12 +113,15 @@ def labeler_agreement(
                     prompts.append(prompt)
     if not agree:
         return None
-    gap = paired_difference(right, agree, clusters=prompts)
-    return mean_estimate(agree, clusters=prompts), gap
+    clusters = _numbers(prompts)
+    gap = paired_difference(right, agree, clusters=clusters)
+    return mean_estimate(agree, clusters=clusters), gap
 
 
 def ranking_report(
-    parts: dict[str, Scored], by_file: dict[str, Scored]
+    parts: Mapping[str, Scored],
+    by_file: Mapping[str, Scored],
+    known_labelers: Collection[str | None],
 ) -> dict[str, Any]:
     """Everything the report says of a reward model, as JSON.
 
@@ -122,6 +130,8 @@ def ranking_report(
             test rankings come from labelers that ranked nothing else they are reported
             as "held_out_labelers".
         by_file: the same rankings by the file they come from.
+        known_labelers: of all rankings but the test's, also of those that are in no
+            part; None is somebody who was not named, and may be anybody.
 
     Returns:
         accuracy and length baseline by part and by file, accuracy by labeler, margin
@@ -130,16 +140,17 @@ def ranking_report(
     """
     parts = dict(parts)
     if "test" in parts:
-        known = {r.labeler for k, p in parts.items() if k != "test" for r in p[0]}
         labelers = {r.labeler for r in parts["test"][0]}
-        held_out = None not in labelers and not labelers & known
+        named = None not in labelers.union(known_labelers)
+        held_out = named and labelers.isdisjoint(known_labelers)
         name = "held_out_labelers" if held_out else "test"
         parts[name] = parts.pop("test")
     pairs = {name: Pairs(part) for name, part in parts.items()}
     held = [pairs[name] for name in pairs if name != "train"]
     margin = np.concatenate([p.margin for p in held])
     longer = np.concatenate([p.longer for p in held])
-    prompt = np.concatenate([p.prompt + 10**6 * n for n, p in enumerate(held)])
+    # pairs of one prompt belong together, whoever ranked it
+    prompt = _numbers(itertools.chain.from_iterable(p.prompts for p in held))
     labelers = np.array([str(x) for p in held for x in p.labeler])
 
     asked = {

@@ -268,7 +268,7 @@ def _stages(
                 f"`{stage}`",
                 "yes" if stage in finished else "no",
                 str(last),
-                _first_to_last(metrics.get("loss")),
+                _first_to_last(metrics.get("loss"), share=0.1),
                 _first_to_last(metrics.get("heldout/loss")),
                 _first_to_last(metrics.get("heldout/score")),
             )
@@ -277,7 +277,7 @@ def _stages(
         "stage",
         "finished",
         "updates",
-        "training loss",
+        "training loss, first and last tenth",
         "held-out loss",
         "held-out reward",
     )
@@ -290,7 +290,9 @@ def _stages(
     return "\n\n".join(parts)
 
 
-def _first_to_last(curve: Curve | None) -> str:
+def _first_to_last(curve: Curve | None, share: float = 0.0) -> str:
+    """Means of a share of the values at each end, at least of one."""
     if curve is None:
         return NOT_MEASURED
-    return f"{curve[1][0]:.3f} → {curve[1][-1]:.3f}"
+    count = max(1, int(share * len(curve[1])))
+    return f"{curve[1][:count].mean():.3f} → {curve[1][-count:].mean():.3f}"

@@ -10,6 +10,7 @@ from rlhf_jax.evaluation.statistics import (
     mean_estimate,
     paired_difference,
     preference_rate,
+    rate_difference,
 )
 from rlhf_jax.stages.common import Context
 
@@ -21,6 +22,13 @@ DIFFERENCES = {
         ("ppo_ptx", "sft"),
     ),
     "pretrain_loss": (("ppo", "sft_rl"), ("ppo_ptx", "sft_rl"), ("ppo", "ppo_ptx")),
+    "metadata": (("ppo", "gpt_few_shot"), ("ppo", "sft")),
+}
+METADATA = {  # in the report -> of the labelers, and whether it is their contrary
+    "follows_instruction": ("fails_instruction", True),
+    "meets_constraints": ("violates_constraint", True),
+    "invents_facts": ("hallucination", False),
+    "inappropriate": ("inappropriate", False),
 }
 
 
@@ -68,25 +76,17 @@ def summarize(
 ) -> dict[str, Any]:
     """Estimates with intervals, clustered by prompt, as the report reads them."""
 
-    def estimate(values: Any, keep_none: bool = False, shares: bool = False) -> Any:
-        """Of [samples][prompts] values."""
+    def estimate(values: Any, shares: bool = False) -> Any:
+        """Of [samples][prompts] values; a share may be NaN, and is None if all are."""
         table = np.asarray(values, np.float64)
         clusters = np.tile(np.arange(table.shape[1]), table.shape[0])
         flat = table.reshape(-1)
-        if keep_none:
-            clusters, flat = clusters[~np.isnan(flat)], flat[~np.isnan(flat)]
-        if flat.size == 0:
+        given = ~np.isnan(flat) | (not shares)
+        if not given.any():
             return None
         one_each = table.shape[0] == 1
-        groups = None if one_each else clusters
-        return mean_estimate(flat, groups, shares=shares).to_json()
-
-    def label(model: dict[str, Any], name: str, negate: bool = False) -> Any:
-        def number(x: Any) -> float:
-            return float("nan") if x is None else float(x != negate)
-
-        rows = [[number(x[name]) for x in sample] for sample in model["labels"]]
-        return estimate(rows, keep_none=True, shares=True)
+        groups = None if one_each else clusters[given]
+        return mean_estimate(flat[given], groups, shares=shares).to_json()
 
     models = {}
     for name, model in results.items():
@@ -108,12 +108,7 @@ def summarize(
             "pretrain_loss": mean_estimate(model["pretrain_losses"]).to_json(),
             "metadata": None
             if not model["labels"]
-            else {
-                "follows_instruction": label(model, "fails_instruction", negate=True),
-                "meets_constraints": label(model, "violates_constraint", negate=True),
-                "invents_facts": label(model, "hallucination"),
-                "inappropriate": label(model, "inappropriate"),
-            },
+            else {x: estimate(_labels(model, x), shares=True) for x in METADATA},
         }
 
     def difference(key: str, a: str, b: str) -> Any:
@@ -134,6 +129,13 @@ def summarize(
         differences["gold_score"] = {
             f"{a}-{b}": difference("gold", a, b) for a, b in pairs
         }
+        differences["metadata"] = {
+            name: {
+                f"{a}-{b}": _label_difference(results[a], results[b], name)
+                for a, b in DIFFERENCES["metadata"]
+            }
+            for name in METADATA
+        }
     return {
         "judge": "simulated labelers" if ctx.inputs.simulated else "reward model",
         "num_prompts": num_prompts,
@@ -143,6 +145,21 @@ def summarize(
         "models": models,
         "differences": differences,
     }
+
+
+def _labels(model: dict[str, Any], name: str) -> np.ndarray:
+    """[samples, prompts]: 1 where the label holds, 0 where not, NaN without one."""
+    given, contrary = METADATA[name]
+    rows = [[sample[given] for sample in samples] for samples in model["labels"]]
+    table = np.array(rows, float)  # None is NaN
+    return 1.0 - table if contrary else table
+
+
+def _label_difference(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> Any:
+    """Rate of a label minus another model's, prompt by prompt; None if without."""
+    a, b = (_labels(model, name).mean(axis=0) for model in (ours, theirs))
+    both = ~np.isnan(a - b)  # a prompt without a constraint has no label at all
+    return rate_difference(a[both], b[both]).to_json() if both.any() else None
 
 
 def sample_lines(

@@ -148,8 +148,11 @@ def evaluate_rankings(
     parts: dict[str, Any] = {}
     by_file: dict[str, Any] = {}
     num_read: dict[str, dict[str, int]] = {}
+    known: set[str | None] = set()
     for name, split in splits.items():
         for file, records in read_rankings(ctx, split).items():
+            if split != "test":
+                known |= {ranking.labeler for ranking in records}
             records = records[:128] if split == "train" else records
             kept, scores, lengths = scorer(params, records)
             if not kept:
@@ -166,7 +169,7 @@ def evaluate_rankings(
             }
             by_file[file] = (kept, scores, lengths)
     parts = {k: (a, b, np.concatenate(c)) for k, (a, b, c) in parts.items()}
-    report = ranking_report(parts, by_file)
+    report = ranking_report(parts, by_file, known)
     for file, read in num_read.items():  # what was too long is told, not hidden
         report["by_file"][file] |= read
     return report

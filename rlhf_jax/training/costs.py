@@ -2,7 +2,8 @@
 
 FLOPs are those of matrix products as they are computed: 2 for each multiplication,
 attention over all pairs that are not cut out (XLA computes much of the half that a
-causal mask hides; flash kernels skip most of it). A backward pass is two forwards.
+causal mask hides; flash kernels skip most of it). A backward pass is two forwards; what
+`remat` computes again is not counted.
 """
 
 import dataclasses

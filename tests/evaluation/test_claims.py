@@ -67,6 +67,15 @@ def evaluation(judge_name: str = "simulated labelers") -> dict[str, Any]:
             },
             "gold_score": gains,
             "reward": gains,
+            "metadata": {
+                label: {f"ppo-{x}": est(*gain) for x in ("gpt_few_shot", "sft")}
+                for label, gain in (
+                    ("follows_instruction", (0.1, 0.3)),
+                    ("meets_constraints", (0.1, 0.3)),
+                    ("invents_facts", (-0.3, -0.1)),
+                    ("inappropriate", (-0.1, 0.01)),
+                )
+            },
         },
     }
 
@@ -158,27 +167,27 @@ CASES = [
     ),
     (
         "ppo_follows_instruction_against_sft",
-        ("models", "ppo", "metadata", "follows_instruction"),
-        (0.6, 0.7),
-        (0.75, 0.85),
+        ("differences", "metadata", "follows_instruction", "ppo-sft"),
+        (-0.2, -0.1),
+        (-0.1, 0.2),
     ),
     (
         "ppo_meets_constraints_against_gpt_few_shot",
-        ("models", "ppo", "metadata", "meets_constraints"),
-        (0.1, 0.2),
-        (0.25, 0.35),
+        ("differences", "metadata", "meets_constraints", "ppo-gpt_few_shot"),
+        (-0.2, -0.1),
+        (-0.1, 0.2),
     ),
     (
         "ppo_invents_facts_against_gpt_few_shot",
-        ("models", "ppo", "metadata", "invents_facts"),
-        (0.5, 0.6),
-        (0.35, 0.45),
+        ("differences", "metadata", "invents_facts", "ppo-gpt_few_shot"),
+        (0.1, 0.2),
+        (-0.1, 0.1),
     ),
     (
         "ppo_inappropriate_against_sft",
-        ("models", "ppo", "metadata", "inappropriate"),
-        (0.2, 0.3),
-        (0.03, 0.07),
+        ("differences", "metadata", "inappropriate", "ppo-sft"),
+        (0.03, 0.1),
+        (-0.01, 0.03),
     ),
     (
         "ppo_pays_alignment_tax",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data.records import Ranking
-from rlhf_jax.evaluation.rankings import Pairs, labeler_agreement
+from rlhf_jax.evaluation.rankings import Pairs, labeler_agreement, ranking_report
 
 
 def ranking(labeler: str, *ranks: int, prompt: str = "p") -> Ranking:
@@ -100,3 +100,34 @@ def test_pairs_of_one_prompt_are_one_trial_whatever_was_ranked():
     scores = [np.array([1.0, 0.0])] * 2 + [np.array([2.0, 1.0, 0.0])] * 2
     found = labeler_agreement(rankings, scores)
     assert found is not None and found[1].n == 1
+
+
+def scored(*rankings: Ranking):
+    """With margins and lengths that all differ."""
+    scores = [np.array([0.1 * n, -1.0]) for n in range(len(rankings))]
+    return rankings, scores, np.arange(2 * len(rankings)) ** 2
+
+
+def test_a_prompt_that_two_splits_hold_is_one_trial():
+    valid = [ranking("a", 1, 2, prompt=f"p{n}") for n in range(10)]
+    test = [ranking("c", 2, 1, prompt=f"p{n}") for n in range(10)]
+    parts = {"held_out_prompts": scored(*valid), "test": scored(*test)}
+    report = ranking_report(parts, {}, {"a"})
+    # each prompt has a margin of its own, in both splits
+    assert [row["accuracy"]["n"] for row in report["by_margin"]] == [2] * 5
+    assert report["by_labeler"]["c"]["n"] == 10
+
+
+@pytest.mark.parametrize(
+    ("known", "name"),
+    [
+        ({"a"}, "held_out_labelers"),
+        ({"a", "c"}, "test"),  # c ranked something that no part shows
+        ({"a", None}, "test"),  # whoever was not named may be c
+    ],
+)
+def test_held_out_labelers_ranked_nothing_else_at_all(known, name):
+    parts = {"train": scored(ranking("a", 1, 2)), "test": scored(ranking("c", 1, 2))}
+    parts["held_out_prompts"] = scored(ranking("a", 1, 2, prompt="q"))
+    report = ranking_report(parts, {}, known)
+    assert set(report["accuracy"]) == {"train", "held_out_prompts", name}

@@ -93,6 +93,13 @@ def evaluation_of_models() -> dict[str, Any]:
             },
             "gold_score": gains,
             "reward": gains,
+            "metadata": {
+                label: {
+                    f"ppo-{x}": est(MODELS["ppo"][7][n] - MODELS[x][7][n], 0.04)
+                    for x in ("gpt_few_shot", "sft")
+                }
+                for n, label in enumerate(METADATA)
+            },
         },
     }
 

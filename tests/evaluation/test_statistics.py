@@ -7,10 +7,10 @@ import pytest
 from rlhf_jax.evaluation.statistics import (
     Estimate,
     format_estimate,
-    independent_difference,
     mean_estimate,
     paired_difference,
     preference_rate,
+    rate_difference,
     rate_estimate,
     win_rate,
 )
@@ -144,16 +144,6 @@ def test_differences_of_zero_and_one_are_not_taken_for_a_rate():
     assert paired_difference([1, 0, 0, 0], [0, 0, 0, 0]).low < 0
 
 
-def test_independent_difference_adds_in_quadrature():
-    difference = independent_difference(
-        Estimate(0.9, 0.6, 1.0, 50), Estimate(0.5, 0.4, 0.9, 70)
-    )
-    assert difference.mean == pytest.approx(0.4)
-    assert difference.low == pytest.approx(0.4 - 0.5)
-    assert difference.high == pytest.approx(0.4 + math.sqrt(0.02))
-    assert difference.n == 50
-
-
 def coverage(draw, interval, truth: float, trials: int = 1500) -> float:
     rng = np.random.default_rng(4)
     estimates = [interval(draw(rng)) for _ in range(trials)]
@@ -179,6 +169,38 @@ def test_preference_interval_covers_with_ties(chances: tuple[float, float, float
         lambda rng: rng.choice([0.0, 0.5, 1.0], 50, p=chances), preference_rate, truth
     )
     assert 0.92 < share < 0.999
+
+
+@pytest.mark.parametrize("both", [0.0, 0.85])
+def test_interval_of_a_rate_difference_covers_and_gains_by_what_prompts_share(both):
+    """Two samples a prompt; some prompts are met by either model, whatever it says."""
+
+    def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        easy = rng.random(80) < both
+        met = [
+            (easy[:, None] | (rng.random((80, 2)) < rate)).mean(1)
+            for rate in (0.7, 0.4)
+        ]
+        return met[0], met[1]
+
+    truth = (1.0 - both) * 0.3
+    assert 0.93 < coverage(draw, lambda x: rate_difference(*x), truth) < 0.985
+    a, b = draw(np.random.default_rng(0))
+    paired = rate_difference(a, b)
+    assert paired.mean == pytest.approx(np.mean(a) - np.mean(b))
+    alone = [preference_rate(x) for x in (a, b)]
+    apart = math.hypot(*(x.high - x.low for x in alone))  # as if independent
+    if both:
+        assert paired.high - paired.low < 0.8 * apart
+
+
+def test_equal_rates_leave_their_difference_open():
+    zero = rate_difference([0.0] * 50, [0.0] * 50)
+    assert zero.low < zero.mean == 0.0 < zero.high
+    assert zero.n == 50
+    a, b = [1.0, 0.5, 0.0, 1.0], [0.0, 0.5, 0.0, 1.0]
+    assert rate_difference(b, a).low == pytest.approx(-rate_difference(a, b).high)
+    assert rate_difference(a, b).negated().high == -rate_difference(a, b).low
 
 
 def test_cluster_interval_covers_where_the_plain_one_does_not():
@@ -207,6 +229,7 @@ def test_format_states_percent_and_interval():
         (lambda: mean_estimate([1.0, 2.0], [0]), "clusters of shape"),
         (lambda: rate_estimate(3, 2), "3 of 2"),
         (lambda: preference_rate([0.5, 1.5]), "win_rate"),
+        (lambda: rate_difference([0.5, 1.5], [0.0, 1.0]), "must lie in"),
         (lambda: win_rate([1.0], [1.0, 2.0]), "one shape"),
         (lambda: paired_difference([math.inf], [1.0]), "not finite"),
         (lambda: Estimate(2.0, 0.0, 1.0, 3), "inside its interval"),

@@ -177,7 +177,7 @@ def _prompts(
     """`num` prompts with Table 1's proportions of use cases, in random order.
 
     None is held out. With `hold` they are from now on, and differ from each other;
-    training prompts come twice, as those of customers do.
+    training prompts may come again, as those of customers do.
     """
     prompts: list[str] = []
     shares = np.cumsum(list(USE_CASES.values()))

@@ -1,0 +1,114 @@
+"""Models side by side: labels and their differences against a loop over prompts."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data.records import Ranking
+from rlhf_jax.stages import rankings as stage_rankings
+from rlhf_jax.stages.comparison import METADATA, summarize
+from rlhf_jax.stages.evaluate import MODELS
+
+PROMPTS, SAMPLES = 40, 2
+CONTEXT: Any = SimpleNamespace(inputs=SimpleNamespace(simulated=True), seed=0)
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    constrained = rng.random(PROMPTS) < 0.4
+
+    def table(draw) -> list[list[Any]]:
+        return [[draw(n) for n in range(PROMPTS)] for _ in range(SAMPLES)]
+
+    def label(n: int, rate: float) -> dict[str, Any]:
+        labels = {given: bool(rng.random() < rate) for given, _ in METADATA.values()}
+        return labels if constrained[n] else labels | {"violates_constraint": None}
+
+    number = lambda n: float(rng.normal())  # noqa: E731
+    return {
+        name: {
+            "gold": table(number),
+            "rewards": table(number),
+            "kl": table(number),
+            "lengths": table(number),
+            "ended": table(lambda n: True),
+            "preferences": table(lambda n: [1.0]),
+            "labels": table(lambda n, rate=0.1 + 0.1 * i: label(n, rate)),
+            "pretrain_losses": [2.0, 2.1],
+        }
+        for i, name in enumerate(MODELS)
+    }
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_labels_and_their_differences_are_means_over_prompts_that_have_them(
+    results, name
+):
+    report = summarize(results, PROMPTS, SAMPLES, 1.0, CONTEXT)
+    given, contrary = METADATA[name]
+
+    def rates(model: str) -> list[float]:
+        found = []
+        for n in range(PROMPTS):
+            values = [sample[n][given] for sample in results[model]["labels"]]
+            if None not in values:
+                found.append(np.mean([x != contrary for x in values]))
+        return found
+
+    for model in MODELS:
+        estimate = report["models"][model]["metadata"][name]
+        assert estimate["mean"] == pytest.approx(np.mean(rates(model)))
+    for other in ("gpt_few_shot", "sft"):
+        estimate = report["differences"]["metadata"][name][f"ppo-{other}"]
+        pairs = np.subtract(rates("ppo"), rates(other))
+        assert estimate["mean"] == pytest.approx(pairs.mean())
+        assert estimate["n"] == len(pairs) < PROMPTS + (name != "meets_constraints")
+        normal = 1.96 * pairs.std() / len(pairs) ** 0.5
+        assert estimate["high"] - estimate["low"] == pytest.approx(2 * normal, rel=0.3)
+
+
+def test_a_label_that_no_prompt_has_is_no_estimate(results):
+    for model in results.values():
+        for sample in model["labels"]:
+            for labels in sample:
+                labels["violates_constraint"] = None
+    report = summarize(results, PROMPTS, SAMPLES, 1.0, CONTEXT)
+    assert report["models"]["ppo"]["metadata"]["meets_constraints"] is None
+    assert report["differences"]["metadata"]["meets_constraints"]["ppo-sft"] is None
+
+
+def test_a_reward_that_is_not_a_number_is_no_missing_one(results):
+    results["ppo"]["rewards"][0][3] = float("nan")
+    with pytest.raises(ValueError, match="value 3 of 80 is nan"):
+        summarize(results, PROMPTS, SAMPLES, 1.0, CONTEXT)
+
+
+def test_a_labeler_of_training_is_known_however_late_he_comes(monkeypatch):
+    """Training rankings are cut for the report, those who made them are not."""
+
+    def ranking(n: int, labeler: str) -> Ranking:
+        return Ranking(f"p{n}", ("x", "y"), (1, 2), (True, True), labeler)
+
+    files = {
+        "train": [ranking(n, "anna") for n in range(128)] + [ranking(999, "carl")],
+        "valid": [ranking(1000, "anna")],
+        "test": [ranking(1001, "carl")],
+    }
+    monkeypatch.setattr(
+        stage_rankings, "read_rankings", lambda ctx, split: {split: files[split]}
+    )
+    counted = []
+
+    def scorer(params, records):
+        counted.append(len(records))
+        scores = [np.array([1.0, 0.0]) for _ in records]
+        return list(records), scores, np.arange(2 * len(records))
+
+    report = stage_rankings.evaluate_rankings(scorer, None, CONTEXT)  # type: ignore
+    assert counted == [128, 1, 1]
+    assert (
+        "test" in report["accuracy"] and "held_out_labelers" not in report["accuracy"]
+    )
