@@ -16,20 +16,25 @@ from rlhf_jax.stages.reward_model import RewardModelConfig
 from rlhf_jax.stages.sft import SFTConfig
 from rlhf_jax.training.mesh import MeshConfig
 
+
+def _jsonl(*names: str) -> tuple[str, ...]:
+    """Globs of JSON lines, as they are or compressed."""
+    return tuple(f"{name}.jsonl{end}" for name in names for end in ("", ".gz"))
+
+
 REAL_FILES = FilesConfig(
-    corpus=("corpus/*.txt*",),
-    demonstrations=("demonstrations/alpaca5k_*.jsonl*",),
-    rankings=(
-        "rankings/alpacaeval_k9_train.jsonl*",
-        "rankings/alpacaeval_k9_valid.jsonl*",
-        "rankings/alpacaeval_k9_test.jsonl*",
-        "rankings/ukp_convarg1_train.jsonl*",
-        "rankings/ukp_convarg1_valid.jsonl*",
-        "rankings/ukp_convarg1_test.jsonl*",
+    demonstrations=_jsonl("demonstrations/alpaca5k_*"),
+    rankings=_jsonl(
+        "rankings/alpacaeval_k9_train",
+        "rankings/alpacaeval_k9_valid",
+        "rankings/alpacaeval_k9_test",
+        "rankings/ukp_convarg1_train",
+        "rankings/ukp_convarg1_valid",
+        "rankings/ukp_convarg1_test",
     ),
     comparisons=(),
-    ppo_prompts=("prompts/alpaca5k_ppo.jsonl*",),
-    eval_prompts=("demonstrations/alpaca5k_test.jsonl*",),
+    ppo_prompts=_jsonl("prompts/alpaca5k_ppo"),
+    eval_prompts=_jsonl("demonstrations/alpaca5k_test"),
 )
 """Alpaca demonstrations and prompts, AlpacaEval (K = 9) and UKPConvArg1 (K = 6-8)
 rankings; what is marked evaluation-only (`_test`) is read by evaluations alone."""
@@ -181,7 +186,7 @@ def _check_counts(prefix: str, config: Any) -> None:
     """Refuses counts and lengths below 1 in a config and those inside it."""
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and name != "simulation":  # checks itself
             _check_counts(f"{name}.", value)
         is_count = field.name.startswith(
             ("num_", "min_", "max_", "eval_", "batch_", "labelers_per_")

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import tyro
 
 from rlhf_jax.data.batches import prompt_batches
+from rlhf_jax.data.records import parse_prompt
 from rlhf_jax.data.sources import DataError, Prompt
 from rlhf_jax.nn.sampling import Sampling, generate
-from rlhf_jax.stages.common import check_seed, load_model
+from rlhf_jax.stages.common import Model, check_seed, load_model
 from rlhf_jax.training.checkpoint import CheckpointError
 from rlhf_jax.training.mesh import MeshConfig, jit_measure
 from rlhf_jax.training.run_dir import RunDirError, StageDir
@@ -60,27 +61,34 @@ def main(cfg: Generate) -> None:
     )
     temperature = jnp.float32(cfg.sampling.temperature)
     for turn, prompt in enumerate(_prompts(cfg.prompt)):
-        num_tokens = len(model.format.encode_prompt(tokenizer, prompt))
-        if num_tokens > prompt_len:
-            raise DataError(
-                f"the prompt has {num_tokens} tokens, this model has room for "
-                f"{prompt_len} before {cfg.sampling.response_len} of the response; "
-                "shorten it or lower --sampling.response-len"
-            )
-        batch = prompt_batches(
-            [Prompt(prompt)] * cfg.num_samples,
-            tokenizer,
-            model.format,
-            cfg.num_samples,
-            prompt_len,
-            None,
-        )(0)
+        try:
+            record = _fitting(prompt, model, prompt_len)
+        except DataError as error:
+            if cfg.prompt is not None:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        read = [record] * cfg.num_samples, tokenizer, model.format
+        batch = prompt_batches(*read, cfg.num_samples, prompt_len, None)(0)
         key = jax.random.fold_in(jax.random.key(cfg.seed), turn)
         ids = (jnp.asarray(batch.prompts), jnp.asarray(batch.prompt_lengths))
         rollout = jax.device_get(sample(model.params, *ids, key, temperature))
         for row in range(cfg.num_samples):
             text = tokenizer.decode(rollout.responses[row, : rollout.lengths[row]])
             print(text + ("" if rollout.ended[row] else " ..."), flush=True)
+
+
+def _fitting(prompt: str, model: Model, prompt_len: int) -> Prompt:
+    """The prompt as a record; DataError if it is no text or too long."""
+    record = parse_prompt({"prompt": prompt}, "the prompt")
+    num_tokens = len(model.format.encode_prompt(model.tokenizer, prompt))
+    if num_tokens > prompt_len:
+        raise DataError(
+            f"the prompt has {num_tokens} tokens, this model has room for "
+            f"{prompt_len} before the response; shorten it or lower "
+            "--sampling.response-len"
+        )
+    return record
 
 
 def _prompts(prompt: str | None):
@@ -102,3 +110,5 @@ if __name__ == "__main__":
         main(tyro.cli(Generate, description=__doc__))
     except (DataError, RunDirError, CheckpointError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -218,6 +218,14 @@ def ziegler() -> InstructGPT:
     evaluated at PPO's temperature.
     """
     base = gpu()
+    optimizer = _adamw(
+        1e-5,
+        schedule="linear",
+        final_fraction=0.0,
+        b2=0.999,
+        eps=1e-5,
+        max_grad_norm=math.inf,
+    )
     ppo = dataclasses.replace(
         base.ppo,
         num_iterations=1954,  # a million episodes
@@ -225,14 +233,8 @@ def ziegler() -> InstructGPT:
         num_minibatches=1,
         num_microbatches=32,
         sampling=dataclasses.replace(base.ppo.sampling, temperature=0.7),
-        policy_optimizer=_adamw(
-            1e-5,
-            schedule="linear",
-            final_fraction=0.0,
-            b2=0.999,
-            eps=1e-5,
-            max_grad_norm=math.inf,
-        ),
+        policy_optimizer=optimizer,
+        value_optimizer=optimizer,  # of the head: theirs has one for everything
         kl_coef=0.15,
         kl_target=6.0,
         value="shared",

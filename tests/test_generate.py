@@ -63,13 +63,25 @@ def test_prompts_from_the_terminal_are_answered_until_they_end(
     [
         ({"seed": -1}, "seed must be from 0"),
         ({"seed": 2**32}, "seed must be from 0"),
-        ({"prompt": "q" * 40}, "room for 26 before 6 of the response"),
+        ({"prompt": "q" * 40}, "room for 26 before the response"),
+        ({"prompt": "caf\udce9"}, "the prompt: field 'prompt'"),
         ({"sampling": Sampling(response_len=32)}, "leaves no room for a prompt"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(asked, change, told):
     with pytest.raises(DataError, match=told):
         main(dataclasses.replace(asked, **change))
+
+
+def test_a_prompt_that_is_too_long_does_not_end_the_conversation(
+    asked, capsys, monkeypatch
+):
+    long = "q" * 40
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{long}\nthe fox\n"))
+    main(dataclasses.replace(asked, prompt=None))
+    told = capsys.readouterr()
+    assert told.err.startswith("error: the prompt has")
+    assert told.out.count("\n") >= 2
 
 
 def test_a_directory_without_a_model_is_named(asked, tmp_path):

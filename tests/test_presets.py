@@ -62,6 +62,11 @@ def test_what_would_fail_late_is_refused_before_anything_runs(
         option(PRESETS["default"][1], path, value).check(num_devices=8)
 
 
+def test_a_simulation_may_hold_no_labeler_out() -> None:
+    preset = PRESETS["default"][1]
+    option(preset, "simulation.num_held_out_labelers", 0).check(num_devices=1)
+
+
 @pytest.mark.parametrize("path", ["sft.batch_size", "reward_model.batch_size"])
 def test_batches_that_processes_cannot_share_are_refused(path: str) -> None:
     preset = PRESETS["smoke"][1]
@@ -98,6 +103,7 @@ def test_ziegler_makes_the_published_number_of_gradient_steps() -> None:
     steps = ppo.num_iterations * ppo.num_epochs * ppo.num_minibatches
     assert steps == 7816  # the released code
     assert (ppo.kl_coef, ppo.kl_target, ppo.sampling.temperature) == (0.15, 6.0, 0.7)
+    assert ppo.value_optimizer == ppo.policy_optimizer  # one for trunk and heads
     assert ppo.value == "shared" and ppo.missing_eos_score == -1.0
 
 

@@ -1,6 +1,7 @@
 """Where a run's text comes from: a directory of files, or the embedded simulation."""
 
 import dataclasses
+import glob
 import hashlib
 import os
 from collections.abc import Sequence
@@ -27,19 +28,28 @@ class FilesConfig:
     `tfds:NAME` stands for a TFDS data set with the same fields.
     """
 
-    corpus: tuple[str, ...] = ("corpus/*.txt*",)
+    corpus: tuple[str, ...] = ("corpus/*.txt", "corpus/*.txt.gz")
     """Pre-training text."""
-    demonstrations: tuple[str, ...] = ("demonstrations/*.jsonl*",)
+    demonstrations: tuple[str, ...] = (
+        "demonstrations/*.jsonl",
+        "demonstrations/*.jsonl.gz",
+    )
     """Prompts with the response a labeler wrote."""
-    rankings: tuple[str, ...] = ("rankings/*.jsonl*",)
+    rankings: tuple[str, ...] = ("rankings/*.jsonl", "rankings/*.jsonl.gz")
     """Prompts with K ranked responses; where there are none, they are collected."""
-    comparisons: tuple[str, ...] = ("comparisons/*.jsonl*",)
+    comparisons: tuple[str, ...] = ("comparisons/*.jsonl", "comparisons/*.jsonl.gz")
     """Prompts with a chosen and a rejected response."""
-    ranking_prompts: tuple[str, ...] = ("prompts/*rank*.jsonl*",)
+    ranking_prompts: tuple[str, ...] = (
+        "prompts/*rank*.jsonl",
+        "prompts/*rank*.jsonl.gz",
+    )
     """Prompts to collect rankings for."""
-    ppo_prompts: tuple[str, ...] = ("prompts/*ppo*.jsonl*",)
+    ppo_prompts: tuple[str, ...] = ("prompts/*ppo*.jsonl", "prompts/*ppo*.jsonl.gz")
     """Prompts of PPO (train)."""
-    eval_prompts: tuple[str, ...] = ("prompts/*eval*_test.jsonl*",)
+    eval_prompts: tuple[str, ...] = (
+        "prompts/*eval*_test.jsonl",
+        "prompts/*eval*_test.jsonl.gz",
+    )
     """Held-out prompts of the evaluation (test); demonstration files will do."""
 
 
@@ -87,7 +97,10 @@ class Inputs:
                     simulation.write_campaign(simulated, self.root)
                 except ValueError as error:
                     raise DataError(f"simulation: {error}") from error
-            written = simulation.load_campaign(self.root)[0]
+            try:
+                written = simulation.load_campaign(self.root)[0]
+            except ValueError as error:  # of another version, or cut short
+                raise DataError(str(error)) from error
             if written != simulated:
                 old, new = map(dataclasses.asdict, (written, simulated))
                 differences = ", ".join(
@@ -115,28 +128,30 @@ class Inputs:
     def read_by_file(self, purpose: str, split: Split) -> dict[str, Sequence[Any]]:
         """The same records, file by file; a TFDS data set goes by its purpose."""
         patterns = getattr(self.files, purpose)
-        if any(pattern.startswith("tfds:") for pattern in patterns):
+        if self._tfds(purpose):
             return {purpose: self.read(purpose, split)}
         kind, cache = _KINDS[purpose], cache_dir() / "data"
         return {
             str(path.relative_to(self.root)): load(
-                kind, path.parent, (path.name,), split, cache
+                kind, path.parent, (glob.escape(path.name),), split, cache
             )
             for path in find_files(self.root, patterns, split)
         }
 
     def has(self, purpose: str, split: Split) -> bool:
         """Whether the run's data has any such records."""
-        patterns = getattr(self.files, purpose)
-        if any(pattern.startswith("tfds:") for pattern in patterns):
-            try:
-                return len(self.read(purpose, split)) > 0
-            except NoFilesError:
-                return False
         try:
-            return bool(find_files(self.root, patterns, split))
+            if self._tfds(purpose):
+                return len(self.read(purpose, split)) > 0
+            return bool(find_files(self.root, getattr(self.files, purpose), split))
         except NoFilesError:
             return False
+
+    def _tfds(self, purpose: str) -> str | None:
+        """The name of the TFDS data set that holds the records, if one does."""
+        patterns = getattr(self.files, purpose)
+        names = [p for p in patterns if p.startswith("tfds:")]
+        return names[0].removeprefix("tfds:") if names else None
 
     def check(self, required: Sequence[tuple[str, Split]]) -> None:
         """Reads everything a run will read, so that bad input stops it at once.
@@ -152,19 +167,23 @@ class Inputs:
         for purpose in _KINDS:
             for split in splits:
                 if (purpose, split) in required or self.has(purpose, split):
-                    self.read(purpose, split)
+                    records = self.read(purpose, split)
+                    if self._tfds(purpose):  # files were checked when prepared
+                        for _ in records:
+                            pass
 
     def fingerprint(self, *purposes_and_splits: tuple[str, Split]) -> dict[str, str]:
         """Content hash of each source a stage reads, to notice when it changes."""
         hashes = {}
         for purpose, split in purposes_and_splits:
             digest = hashlib.sha256()
-            patterns = getattr(self.files, purpose)
-            if any(pattern.startswith("tfds:") for pattern in patterns):
-                digest.update(f"{self.root}/{patterns}/{split}".encode())
+            name = self._tfds(purpose)
+            if name is None:
+                files = find_files(self.root, getattr(self.files, purpose), split)
             else:
-                for path in find_files(self.root, patterns, split):
-                    digest.update(path.name.encode())
-                    digest.update(path.read_bytes())
+                files = sorted(p for p in (self.root / name).rglob("*") if p.is_file())
+            for path in files:
+                digest.update(path.name.encode())
+                digest.update(path.read_bytes())
             hashes[f"{purpose}/{split}"] = digest.hexdigest()[:16]
         return hashes

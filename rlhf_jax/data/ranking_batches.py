@@ -102,6 +102,7 @@ def encode_rankings(
     prompt_len: int,
     response_len: int,
     num_responses: int,
+    name: str = "rankings",
 ) -> EncodedRankings:
     """Ids of the rankings that fit.
 
@@ -116,6 +117,7 @@ def encode_rankings(
         prompt_len: longest prompt in tokens.
         response_len: longest response in tokens with its end token.
         num_responses: most responses of a ranking.
+        name: where they come from, for the error.
 
     Raises:
         DataError: a ranking that fits has more than num_responses.
@@ -142,7 +144,7 @@ def encode_rankings(
             continue
         if len(fitting) > num_responses:
             raise DataError(
-                f"rankings: record {i} has {len(fitting)} responses, more than "
+                f"{name}: record {i + 1} has {len(fitting)} responses, more than "
                 f"num_responses {num_responses}. Raise num_responses."
             )
         kept.append(EncodedRanking(record, prompt, [encoded[k] for k in fitting]))

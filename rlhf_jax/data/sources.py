@@ -4,6 +4,7 @@ The records of a split are written once to a cache directory named by the conten
 the files, so that a second run, or a second process, opens them at once.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -57,6 +58,7 @@ def find_files(root: Path | str, patterns: Sequence[str], split: Split) -> list[
 
     A file belongs to `valid` or `test` when its stem (without `.gz` and the suffix) is
     that word or ends in `_valid` or `_test`; every other file belongs to `train`.
+    Hidden files, whose names begin with a dot, are none of them.
 
     Args:
         root: Directory that the patterns start from.
@@ -65,7 +67,7 @@ def find_files(root: Path | str, patterns: Sequence[str], split: Split) -> list[
 
     Raises:
         NoFilesError: nothing matches; the message lists what is there.
-        DataError: a pattern or a link leaves `root`.
+        DataError: a pattern or a link leaves `root`, or a file is there twice.
     """
     if isinstance(patterns, str):
         raise TypeError(f"patterns must be a tuple of globs, got the text {patterns!r}")
@@ -75,8 +77,14 @@ def find_files(root: Path | str, patterns: Sequence[str], split: Split) -> list[
     found: set[Path] = set()
     for pattern in patterns:
         _check_below(root, pattern)
-        found.update(path for path in root.glob(pattern) if path.is_file())
+        matches = (path for path in root.glob(pattern) if path.is_file())
+        found.update(path for path in matches if not path.name.startswith("."))
     for path in sorted(found):
+        if path.with_name(f"{path.name}.gz") in found:
+            raise DataError(
+                f"{path}: is there with and without .gz, and would be read twice. "
+                "Remove one of them."
+            )
         if not path.resolve().is_relative_to(root.resolve()):
             raise DataError(
                 f"{path}: is a link to {path.resolve()}, outside {root}. "
@@ -162,14 +170,27 @@ class Records(Sequence[Any]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self._name}")
         index = index % len(self)
-        return self._checked(index, self._source[index])
+        with self._damage_told():
+            fields = self._source[index]
+        return self._checked(index, fields)
 
     def __iter__(self) -> Iterator[Any]:
         for first in range(0, len(self), _BLOCK):
             block = range(first, min(first + _BLOCK, len(self)))
-            rows = self._source.__getitems__(block)  # type: ignore[attr-defined]
+            with self._damage_told():
+                rows = self._source.__getitems__(block)  # type: ignore[attr-defined]
             for index, fields in zip(block, rows, strict=True):
                 yield self._checked(index, fields)
+
+    @contextlib.contextmanager
+    def _damage_told(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # ArrayRecord's checksums
+            raise DataError(
+                f"{self._name}: the prepared records are damaged ({error}). Delete "
+                "this directory and run again, or prepare the data set again."
+            ) from error
 
     def _checked(self, index: int, features: dict[str, Any]) -> Any:
         where = f"{self._name}:{index}"

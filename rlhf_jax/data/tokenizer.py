@@ -7,6 +7,7 @@ normalisation, so that `decode(encode(text)) == text`.
 import hashlib
 import io
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -199,8 +200,8 @@ def tokenize_corpus(
     Args:
         documents: texts.
         tokenizer: gives the ids and the end token.
-        cache_dir: directory that keeps the array as `.npy`, named by the content of the
-            documents and the tokenizer; None keeps nothing.
+        cache_dir: directory that keeps the array as `.npz` (with a checksum), named by
+            the content of the documents and the tokenizer; None keeps nothing.
 
     Returns:
         ids [T] int32.
@@ -213,15 +214,16 @@ def tokenize_corpus(
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     for document in documents:
         digest.update(hashlib.sha256(document.encode()).digest())
-    path = Path(cache_dir) / f"tokens-{digest.hexdigest()[:20]}.npy"
+    path = Path(cache_dir) / f"tokens-{digest.hexdigest()[:20]}.npz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         ids = _flat_ids(documents, tokenizer)
         with write_atomically(path) as unfinished, unfinished.open("wb") as file:
-            np.save(file, ids)
+            np.savez(file, ids=ids)
     try:
-        return np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
+        with path.open("rb") as file, np.load(file) as kept:
+            return kept["ids"]
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path}: the kept tokens are damaged ({error}). Delete this file and run "
             "again: it is made anew."

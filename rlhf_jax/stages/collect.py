@@ -10,18 +10,18 @@ import jax
 import numpy as np
 
 from rlhf_jax.data import simulation
-from rlhf_jax.data.sources import DataError, Demonstration, Ranking, read_rankings
+from rlhf_jax.data.sources import DataError, Demonstration
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.common import Context, Model, check_compatible, load_model
+from rlhf_jax.stages.human_rankings import (
+    SPLITS,
+    check_ranked,
+    take_ranked,
+    write_lines,
+)
 from rlhf_jax.stages.sampler import Response, Sampler, fitting
 from rlhf_jax.training.loop import tracked
 from rlhf_jax.training.room import require_room_to_sample
-from rlhf_jax.training.run_dir import (
-    RunDirError,
-    StageDir,
-    file_hash,
-    write_text,
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ def run(cfg: CollectConfig, ctx: Context) -> None:
     made_by = {"collect": described, "seed": ctx.seed}
     stage.open("collect", made_by, sources, parents)
     if stage.done:
-        _check_ranked(cfg, stage)
+        check_ranked(cfg.ranked, stage)
         return
     names = {"gpt_few_shot": "pretrain", "sft": "sft", "sft_rl": "sft_rl"}
     models = {
@@ -173,11 +173,11 @@ def run(cfg: CollectConfig, ctx: Context) -> None:
     }
     check_compatible("pretrain", models["gpt_few_shot"], "sft", models["sft"])
     counts = {}
-    for split in ("train", "valid"):
+    for split in SPLITS:
         path = stage.path / f"to_rank_{split}.jsonl"
         if path.exists():
             continue
-        records = ctx.inputs.read("ranking_prompts", split)  # type: ignore[arg-type]
+        records = ctx.inputs.read("ranking_prompts", split)
         prompts = [records[i].prompt for i in range(len(records))]
         prompts = fitting(prompts, models["sft"], cfg.prompt_len)
         if not prompts:
@@ -195,11 +195,11 @@ def run(cfg: CollectConfig, ctx: Context) -> None:
             }
             for prompt, row in zip(prompts, rows, strict=True)
         ]
-        _write_lines(path, lines)
+        write_lines(path, lines)
     if ctx.inputs.simulated:
         counts = _rank_by_simulation(cfg, ctx, stage.path)
     else:
-        counts = _take_ranked(cfg, stage.path)
+        counts = take_ranked(cfg.ranked, stage.path)
     stage.finish(counts)
 
 
@@ -228,57 +228,6 @@ def _rank_by_simulation(cfg: CollectConfig, ctx: Context, path: Path) -> dict[st
                 extra = {"labeler": labeler.name, "labels": labels}
                 lines.append(row | {"ranks": [int(r) for r in ranks]} | extra)
         if lines:  # none where nobody is held out
-            _write_lines(path / f"rankings_{split}.jsonl", lines)
+            write_lines(path / f"rankings_{split}.jsonl", lines)
         counts[f"num_rankings_{split}"] = len(lines)
     return counts
-
-
-def _take_ranked(cfg: CollectConfig, path: Path) -> dict[str, Any]:
-    if cfg.ranked is None:
-        raise DataError(
-            f"{path / 'to_rank_train.jsonl'}: nobody has ranked these responses yet. "
-            "Put its lines and those of to_rank_valid.jsonl into one file, give each a "
-            "list `ranks` (1 best, equal numbers tie) and optionally a `labeler`, and "
-            "run the command again with --collect.ranked FILE"
-        )
-    rankings: list[Ranking] = list(read_rankings(cfg.ranked))
-    text = (path / "to_rank_valid.jsonl").read_text()
-    held_out = {json.loads(line)["prompt"] for line in text.splitlines()}
-    for split in ("train", "valid"):
-        if not any((r.prompt in held_out) == (split == "valid") for r in rankings):
-            raise DataError(
-                f"{cfg.ranked}: ranks no prompt of {path / f'to_rank_{split}.jsonl'}; "
-                "rank some of its lines too (train: to learn from, valid: to measure)"
-            )
-    for split in ("train", "valid"):
-        lines = [
-            {
-                "prompt": r.prompt,
-                "responses": list(r.responses),
-                "ended": list(r.ended),
-                "ranks": list(r.ranks),
-                **({} if r.labeler is None else {"labeler": r.labeler}),
-            }
-            for r in rankings
-            if (r.prompt in held_out) == (split == "valid")
-        ]
-        _write_lines(path / f"rankings_{split}.jsonl", lines)
-    return {
-        "num_rankings": len(rankings),
-        "ranked": file_hash(cfg.ranked),
-    }
-
-
-def _check_ranked(cfg: CollectConfig, stage: StageDir) -> None:
-    """Refuses a file of rankings other than the one that the stage has taken."""
-    taken = stage.summary().get("ranked")
-    if cfg.ranked is not None and file_hash(cfg.ranked) != taken:
-        raise RunDirError(
-            f"{cfg.ranked}: the finished stage {stage.path} was made from other "
-            "rankings; use another --run, or delete that folder and those of later "
-            "stages"
-        )
-
-
-def _write_lines(path: Path, lines: Sequence[Any]) -> None:
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))

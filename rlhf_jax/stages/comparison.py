@@ -37,14 +37,11 @@ def judge_results(
 ) -> None:
     """Adds gold scores, metadata labels and preferences over SFT to every model.
 
-    With simulated labelers each prompt's preference is the mean over the held-out
-    labelers, who rank the model's response against SFT's; otherwise the reward model
+    Each prompt's preference is the mean over the simulated labelers who are held out,
+    who rank the model's response against SFT's; where there are none, the reward model
     judges. A tie counts half.
     """
-    labelers, judge = [], None
-    if ctx.inputs.simulated:
-        _, _, judge, people = simulation.load_campaign(ctx.inputs.root)
-        labelers = [labeler for labeler in people if labeler.held_out]
+    judge, labelers = _judges(ctx)
     sft = results["sft"]
     for model in results.values():
         num_samples = len(model["texts"])
@@ -137,7 +134,7 @@ def summarize(
             for name in METADATA
         }
     return {
-        "judge": "simulated labelers" if ctx.inputs.simulated else "reward model",
+        "judge": "simulated labelers" if _judges(ctx)[1] else "reward model",
         "num_prompts": num_prompts,
         "num_samples": num_samples,
         "temperature": temperature,
@@ -145,6 +142,14 @@ def summarize(
         "models": models,
         "differences": differences,
     }
+
+
+def _judges(ctx: Context) -> tuple[simulation.Judge | None, list[simulation.Labeler]]:
+    """Who knows the utility of a response, and the labelers PPO never met, if any."""
+    if not ctx.inputs.simulated:
+        return None, []
+    _, _, judge, people = simulation.load_campaign(ctx.inputs.root)
+    return judge, [labeler for labeler in people if labeler.held_out]
 
 
 def _labels(model: dict[str, Any], name: str) -> np.ndarray:
@@ -166,9 +171,7 @@ def sample_lines(
     results: dict[str, Any], prompts: Sequence[str], ctx: Context
 ) -> list[dict[str, Any]]:
     """The first sample of every model side by side, a line per prompt."""
-    judge = (
-        simulation.load_campaign(ctx.inputs.root)[2] if ctx.inputs.simulated else None
-    )
+    judge, _ = _judges(ctx)
     lines = []
     for n, prompt in enumerate(prompts):
         first = {name: model["texts"][0][n] for name, model in results.items()}

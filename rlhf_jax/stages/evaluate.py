@@ -227,9 +227,14 @@ class Measurer:
         return out
 
     def _pretrain_losses(self, params: Any) -> list[float]:
-        """Held-out pre-training loss of each batch, in nats per token."""
+        """Held-out pre-training loss of each batch, in nats per token.
+
+        A last batch that is not full would count as much as the others: it is left
+        out, unless it is the only one.
+        """
         losses = []
-        for step in range(min(self._cfg.text_batches, self._text.steps_per_epoch)):
+        whole = max(1, self._text.num_examples // heldout_rows())
+        for step in range(min(self._cfg.text_batches, whole)):
             batch = pad_rows(self._text(step), num_local_shards(self._ctx.mesh))
             batch = shard_batch(self._ctx.mesh, batch)
             total, count = self._sums(params, batch)

@@ -112,6 +112,11 @@ class PPOConfig:
             )
         if self.kl_coef < 0:
             raise ValueError(f"kl_coef must not be negative, got {self.kl_coef}")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError(
+                "kl_coef is 0, which kl_target multiplies and never moves; give it a "
+                "start above 0, or set kl_target to None"
+            )
         if self.kl_target is not None and self.kl_target <= 0:
             raise ValueError(f"kl_target must be above 0 or None, got {self.kl_target}")
         if self.kl_target is not None and self.kl_horizon <= 0.2 * self.batch_size:

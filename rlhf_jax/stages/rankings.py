@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data.inputs import cache_dir
-from rlhf_jax.data.ranking_batches import encode_rankings, ranking_batches
+from rlhf_jax.data.ranking_batches import (
+    EncodedRankings,
+    encode_rankings,
+    ranking_batches,
+)
 from rlhf_jax.data.sources import DataError, Demonstration, Ranking, Split, load
 from rlhf_jax.evaluation.rankings import ranking_report
 from rlhf_jax.objectives.ranking import ranking_accuracy
@@ -38,6 +42,14 @@ class RankingScorer:
         self._rows = fill_shards(min(cfg.batch_size, 32), ctx.mesh)
         self._score = jit_measure(response_scores, ctx.mesh, model=model.cfg)
 
+    def encode(
+        self, rankings: Sequence[Ranking], name: str = "rankings"
+    ) -> EncodedRankings:
+        """Ids of the rankings that fit the model, see `encode_rankings`."""
+        cfg, model = self._cfg, self._model
+        limits = cfg.prompt_len, cfg.response_len, cfg.num_responses
+        return encode_rankings(rankings, model.tokenizer, model.format, *limits, name)
+
     def __call__(
         self, params: Any, rankings: Sequence[Ranking]
     ) -> tuple[list[Ranking], list[np.ndarray], np.ndarray]:
@@ -52,15 +64,7 @@ class RankingScorer:
             ordered pair left out), the scores of each, float32 [K], and the lengths of
             all their responses in tokens, flattened in the same order.
         """
-        cfg, model = self._cfg, self._model
-        encoded = encode_rankings(
-            rankings,
-            model.tokenizer,
-            model.format,
-            cfg.prompt_len,
-            cfg.response_len,
-            cfg.num_responses,
-        )
+        encoded = self.encode(rankings)
         if not encoded.kept:
             return [], [], np.zeros((0,), np.int64)
         batches = ranking_batches(encoded, self._rows, None)
@@ -115,25 +119,32 @@ def accuracy(scores: Sequence[np.ndarray], ranks: Sequence[Sequence[int]]) -> fl
     return float(jnp.mean(ranking_accuracy(jnp.asarray(padded), jnp.asarray(places))))
 
 
-def score_demonstrations(
-    scorer: RankingScorer, params: Any, demonstrations: Sequence[Demonstration]
-) -> np.ndarray:
-    """Scores of demonstrations that fit the model: float32 [N].
+def fitting_demonstrations(
+    scorer: RankingScorer, demonstrations: Sequence[Demonstration]
+) -> list[Ranking]:
+    """Those that fit the model, as rankings of two copies, which the scorer can read.
 
     Raises:
         DataError: none fits.
     """
-    pairs = [  # two copies under distinct ranks: the reader of rankings wants a pair
+    pairs = [
         Ranking(d.prompt, (d.response, d.response), (1, 2), (True, True), None)
         for d in demonstrations
     ]
-    _, scores, _ = scorer(params, pairs)
-    if not scores:
+    kept = [ranking.record for ranking in scorer.encode(pairs).kept]
+    if not kept:
         raise DataError(
             f"demonstrations: none of {len(pairs)} fits the reward model's prompt_len "
             "and response_len, and its scores cannot be centred; raise them"
         )
-    return np.asarray([s[0] for s in scores])
+    return kept
+
+
+def score_demonstrations(
+    scorer: RankingScorer, params: Any, fitting: Sequence[Ranking]
+) -> np.ndarray:
+    """Scores of `fitting_demonstrations`: float32 [N], reward units."""
+    return np.asarray([scores[0] for scores in scorer(params, fitting)[1]])
 
 
 def evaluate_rankings(

@@ -16,11 +16,10 @@ from rlhf_jax.data.packed_rankings import PackedRankings, packed_ranking_batches
 from rlhf_jax.data.ranking_batches import (
     EncodedRankings,
     RankingBatch,
-    encode_rankings,
     ranking_batches,
 )
 from rlhf_jax.data.schedule import Batches
-from rlhf_jax.data.sources import DataError
+from rlhf_jax.data.sources import DataError, Split
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.heads import init_scalar_head, scalar_head
 from rlhf_jax.nn.responses import packed_last_states
@@ -36,6 +35,7 @@ from rlhf_jax.stages.rankings import (
     RankingScorer,
     accuracy,
     evaluate_rankings,
+    fitting_demonstrations,
     read_rankings,
     score_demonstrations,
 )
@@ -56,6 +56,7 @@ from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
 
 Array = jax.Array
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,34 +212,38 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
     """Trains a reward model on the run's rankings into RUN/reward_model."""
     stage = ctx.stage("reward_model")
     parents = {cfg.init_from: ctx.stage(cfg.init_from)}
-    if ctx.stage("collect").done:
+    sources, purposes = {}, [("demonstrations", "train")]  # whose scores get mean 0
+    given = any(ctx.inputs.has(x, "train") for x in ("rankings", "comparisons"))
+    if ctx.stage("collect").done or not given:
         parents["collect"] = ctx.stage("collect")
         collected = sorted(ctx.stage("collect").path.glob("rankings_*.jsonl"))
         sources = {path.name: file_hash(path) for path in collected}
     else:
-        purposes = [
+        purposes += [
             (purpose, split)
             for purpose in ("rankings", "comparisons")
             for split in ("train", "valid", "test")
             if ctx.inputs.has(purpose, split)  # type: ignore[arg-type]
         ]
-        sources = ctx.inputs.fingerprint(*purposes)  # type: ignore[arg-type]
+    sources |= ctx.inputs.fingerprint(*purposes)  # type: ignore[arg-type]
     made_by = {"reward_model": cfg, "seed": ctx.seed}
     stage.open("reward_model", made_by, sources, parents)
     if stage.done:
         return
     base = load_model(parents[cfg.init_from], ctx.mesh, "language_model")
-    train = list(itertools.chain(*read_rankings(ctx, "train").values()))
-    valid = list(itertools.chain(*read_rankings(ctx, "valid").values()))
-    encode = functools.partial(
-        encode_rankings,
-        tokenizer=base.tokenizer,
-        format=base.format,
-        prompt_len=cfg.prompt_len,
-        response_len=cfg.response_len,
-        num_responses=cfg.num_responses,
+    scorer = RankingScorer(cfg, base, ctx)
+    rankings, encoded = {}, {}
+    for split in SPLITS:  # the test's too: what is wrong stops the run before training
+        files = read_rankings(ctx, split).values()
+        rankings[split] = list(itertools.chain(*files))
+        encoded[split] = scorer.encode(rankings[split], f"rankings ({split})")
+    valid = rankings["valid"]
+    demonstrations = ctx.inputs.read("demonstrations", "train")
+    count = min(cfg.num_centering, len(demonstrations))
+    centering = fitting_demonstrations(
+        scorer, [demonstrations[i] for i in range(count)]
     )
-    batches, row, num_rows = training_batches(cfg, ctx, encode(train), base.cfg)
+    batches, row, num_rows = training_batches(cfg, ctx, encoded["train"], base.cfg)
     lengths = ("reward_model.prompt_len", "reward_model.response_len")
     batch = (num_rows, cfg.num_microbatches)
     require_room_to_train("reward_model", base.cfg, row, *batch, lengths, ctx.mesh)
@@ -265,8 +270,7 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         mesh=replicas(ctx.mesh),
     )
     compiled = jit_step(step_fn, ctx.mesh, sharding)
-    scorer = RankingScorer(cfg, base, ctx)
-    if not encode(valid).kept:
+    if not encoded["valid"].kept:
         raise DataError(
             f"rankings (valid): of {len(valid)} none is left with an ordered pair of "
             f"responses: prompt_len is {cfg.prompt_len}, response_len "
@@ -296,12 +300,8 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         show=("loss", "accuracy"),
         profile=ctx.profile,
     )
-    params = state.params
-    demonstrations = ctx.inputs.read("demonstrations", "train")
-    some = [
-        demonstrations[i] for i in range(min(cfg.num_centering, len(demonstrations)))
-    ]
-    params = center(params, score_demonstrations(scorer, params, some))
+    scores = score_demonstrations(scorer, state.params, centering)
+    params = center(state.params, scores)
     save_model(stage, dataclasses.replace(base, kind="reward_model", params=params))
     report = evaluate_rankings(scorer, params, ctx)
     write_text(stage.path / "evaluation.json", json.dumps(report, indent=2))

@@ -226,8 +226,8 @@ def test_kept_tokens_with_a_pickle_inside_are_refused(tmp_path):
 
     tokenizer = Tokenizer(train_tokenizer(["a fox"] * 9, 270).serialized)
     tokenize_corpus(["a fox"], tokenizer, tmp_path)
-    (kept,) = tmp_path.glob("tokens-*.npy")
-    np.save(kept, np.array([Hostile()], dtype=object), allow_pickle=True)
+    (kept,) = tmp_path.glob("tokens-*.npz")
+    np.savez(kept, ids=np.array([Hostile()], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match="damaged.*Delete this file"):
         tokenize_corpus(["a fox"], tokenizer, tmp_path)
     kept.write_bytes(pickle.dumps(Hostile()))

@@ -229,6 +229,42 @@ def test_files_are_split_by_the_end_of_their_stem_and_sorted(tmp_path):
     assert names("test") == ["test.txt", "x_test.txt", "x_valid_test.txt"]
 
 
+def test_copies_that_programs_leave_beside_a_file_are_not_data(tmp_path, monkeypatch):
+    """A copy of a held-out file under another name would be trained on."""
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    lines = '{"prompt": "p", "response": "r"}\n'
+    for name, text in (("corpus/x", "t"), ("demonstrations/x", lines)):
+        end = ".txt" if name[0] == "c" else ".jsonl"
+        touch(tmp_path, f"{name}_train{end}")
+        kept = (tmp_path / name).with_name(f"x_valid{end}")
+        for path in (f"x_train{end}", kept.name, f"{kept.name}.bak", f"{kept.name}~"):
+            kept.with_name(path).write_text(text)
+        kept.with_name(f".unfinished-1-x_train{end}").write_text(text)
+    inputs = Inputs(tmp_path, FilesConfig(), SimulationConfig(), tmp_path / "run")
+    for purpose in ("corpus", "demonstrations"):
+        for split in ("train", "valid"):
+            assert len(inputs.read(purpose, split)) == 1
+
+
+def test_a_file_beside_its_compressed_copy_is_not_read_twice(tmp_path):
+    touch(tmp_path, "a/x.jsonl", "a/x.jsonl.gz")
+    with pytest.raises(DataError, match=r"x\.jsonl: is there with and without \.gz"):
+        sources.find_files(tmp_path, ("a/*.jsonl", "a/*.gz"), "train")
+
+
+def test_a_file_goes_by_its_name_and_not_by_what_that_matches(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "prompts").mkdir()
+    names = [f"prompts/human{x}_ppo.jsonl" for x in ("1", "[12]")]
+    for name in names:
+        (tmp_path / name).write_text(json.dumps({"prompt": name}) + "\n")
+    inputs = Inputs(tmp_path, FilesConfig(), SimulationConfig(), tmp_path / "run")
+    found = inputs.read_by_file("ppo_prompts", "train")
+    assert {name: list(prompts) for name, prompts in found.items()} == {
+        name: [Prompt(name)] for name in names
+    }
+
+
 def test_an_empty_match_says_what_is_there(tmp_path):
     touch(tmp_path, "a/x_valid.jsonl", "b/y.txt")
     with pytest.raises(DataError) as caught:
@@ -289,6 +325,48 @@ def test_a_tfds_dataset_is_read_by_name(tmp_path):
     ]:
         with pytest.raises(DataError, match=words):
             load(kind, tmp_path, patterns, split, tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_tfds_dataset_is_known_by_its_content(tmp_path):
+    """Not by where it lies; what is wrong in it is found when a run begins."""
+
+    def inputs(root: Path, response: str) -> Inputs:
+        rows = [{"prompt": "p", "response": response}]
+        builders.write_records(root, "demonstrations", "train", rows)  # type: ignore
+        files = FilesConfig(demonstrations=("tfds:rlhf_text",))
+        return Inputs(root, files, SimulationConfig(), tmp_path / "run")
+
+    source = ("demonstrations", "train")
+    roots = [tmp_path / name for name in "abcd"]
+    one, same, other = map(inputs, roots, ("r", "r", "s"))
+    assert one.fingerprint(source) == same.fingerprint(source)
+    assert one.fingerprint(source) != other.fingerprint(source)
+    one.check([source])
+    with pytest.raises(DataError, match="rlhf_text:0: field 'response': "):
+        inputs(roots[3], "\0").check([source])
+
+
+def test_a_damaged_block_of_records_names_its_directory(data, tmp_path):
+    arguments = ("demonstrations", data, ("demonstrations/*",), "train", tmp_path / "c")
+    whole = load(*arguments)
+    (path,) = (tmp_path / "c").rglob("*array_record*")
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[:middle] = bytes(middle)
+    path.write_bytes(content)
+    for read in (lambda: list(load(*arguments)), lambda: load(*arguments)[0]):
+        with pytest.raises(DataError, match="damaged .*Delete this directory"):
+            read()
+    del whole
+
+
+def test_a_run_of_another_version_says_what_to_delete(tmp_path):
+    small = SimulationConfig(num_documents=20, num_valid_documents=5)
+    Inputs(None, FilesConfig(), small, tmp_path)
+    path = tmp_path / "data" / "simulation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
+    with pytest.raises(DataError, match="delete the directory"):
+        Inputs(None, FilesConfig(), small, tmp_path)
 
 
 def test_a_simulation_that_cannot_be_written_is_told_by_its_field(

@@ -226,7 +226,10 @@ def test_damaged_kept_tokens_say_what_to_delete(tokenizer, tmp_path):
     tokenize_corpus(["one", "two"], tokenizer, tmp_path)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
-    for content in (whole[:-1], whole[:20], b""):
+    ids = whole.index(tokenize_corpus(["one", "two"], tokenizer).tobytes())
+    flipped = bytearray(whole)
+    flipped[ids + 1] ^= 64  # an id that the vocabulary may not even have
+    for content in (whole[:-1], whole[:20], b"", bytes(flipped)):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"tokens-.*\.npy: .*Delete this file"):
+        with pytest.raises(DataError, match=r"tokens-.*\.npz: .*Delete this file"):
             tokenize_corpus(["one", "two"], tokenizer, tmp_path)

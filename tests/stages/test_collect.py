@@ -15,6 +15,7 @@ from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages import collect
 from rlhf_jax.stages.collect import CollectConfig, cut_few_shot, sample_responses
 from rlhf_jax.stages.common import Context, Model
+from rlhf_jax.stages.human_rankings import check_ranked, take_ranked
 from rlhf_jax.stages.sampler import Response
 from rlhf_jax.training.mesh import MeshConfig
 from rlhf_jax.training.run_dir import RunDirError, StageDir, file_hash
@@ -134,20 +135,25 @@ def test_the_defaults_are_instructgpts():
 
 def test_without_labelers_the_way_to_hand_rankings_in_is_told(tmp_path):
     with pytest.raises(DataError) as caught:
-        collect._take_ranked(CollectConfig(), tmp_path)
+        take_ranked(None, tmp_path)
     text = str(caught.value)
     assert str(tmp_path / "to_rank_train.jsonl") in text
     assert "`ranks`" in text and "--collect.ranked FILE" in text
 
 
-def _ask(path, prompts):
-    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+def _ask(path, prompts, ended=(True, False)):
+    for split, asked in prompts.items():
+        rows = [{"prompt": p, "responses": ["a", "b"], "ended": ended} for p in asked]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (path / f"to_rank_{split}.jsonl").write_text(text)
 
 
 def test_rankings_of_people_are_split_as_they_were_asked(tmp_path):
     """A prompt that was held out when responses were drawn stays held out."""
     file = tmp_path / "ranked.jsonl"
-    _ask(tmp_path / "to_rank_valid.jsonl", ["p3", "p11", "p12"])
+    held_out = ["p3", "p11", "p12"]
+    shown = [f"p{n}" for n in range(20) if f"p{n}" not in held_out]
+    _ask(tmp_path, {"train": shown, "valid": held_out})
     lines = [
         {
             "prompt": f"p{n // 2}",
@@ -159,7 +165,7 @@ def test_rankings_of_people_are_split_as_they_were_asked(tmp_path):
         for n in range(40)
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    counts = collect._take_ranked(CollectConfig(ranked=file), tmp_path)
+    counts = take_ranked(file, tmp_path)
     assert counts == {"num_rankings": 40, "ranked": file_hash(file)}
     parts = {
         split: [
@@ -178,10 +184,44 @@ def test_rankings_of_people_for_one_split_only_are_refused(tmp_path, asked):
     file = tmp_path / "ranked.jsonl"
     line = {"prompt": "p0", "responses": ["a", "b"], "ranks": [2, 1]}
     file.write_text(json.dumps(line) + "\n")
-    _ask(tmp_path / "to_rank_valid.jsonl", asked)
-    split = "train" if asked else "valid"
+    split, other = ("train", "valid") if asked else ("valid", "train")
+    _ask(tmp_path, {split: [], other: ["p0"]})
     with pytest.raises(DataError, match=f"ranks no prompt of .*to_rank_{split}.jsonl"):
-        collect._take_ranked(CollectConfig(ranked=file), tmp_path)
+        take_ranked(file, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"prompt": "p1 "}, "record 2: field 'prompt': 'p1 ' is in neither"),
+        ({"responses": ["a", "b "]}, "record 2: field 'responses': 'b ' is none of"),
+    ],
+)
+def test_lines_that_nobody_asked_about_are_refused(tmp_path, change, told):
+    """A held-out prompt that a tool has trimmed would be trained on."""
+    file = tmp_path / "ranked.jsonl"
+    _ask(tmp_path, {"train": ["p0"], "valid": ["p1"]})
+    lines = [
+        {"prompt": f"p{n}", "responses": ["a", "b"], "ranks": [2, 1]} for n in (0, 1)
+    ]
+    lines[1] |= change
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match=told):
+        take_ranked(file, tmp_path)
+
+
+def test_whether_a_response_ended_is_known_from_when_it_was_drawn(tmp_path):
+    """A tool that keeps prompt, responses and ranks loses it, or their order."""
+    file = tmp_path / "ranked.jsonl"
+    _ask(tmp_path, {"train": ["p0"], "valid": ["p1"]})
+    lines = [
+        {"prompt": f"p{n}", "responses": ["b", "a"], "ranks": [2, 1]} for n in (0, 1)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    take_ranked(file, tmp_path)
+    for split in ("train", "valid"):
+        (line,) = (tmp_path / f"rankings_{split}.jsonl").read_text().splitlines()
+        assert json.loads(line)["ended"] == [False, True]
 
 
 def test_other_rankings_than_those_taken_are_refused(tmp_path):
@@ -189,11 +229,11 @@ def test_other_rankings_than_those_taken_are_refused(tmp_path):
     stage, file = StageDir(tmp_path / "collect"), tmp_path / "ranked.jsonl"
     file.write_text("first")
     stage.finish({"ranked": file_hash(file)})
-    collect._check_ranked(CollectConfig(ranked=file), stage)
-    collect._check_ranked(CollectConfig(), stage)
+    check_ranked(file, stage)
+    check_ranked(None, stage)
     file.write_text("second")
     with pytest.raises(RunDirError, match="made from other rankings"):
-        collect._check_ranked(CollectConfig(ranked=file), stage)
+        check_ranked(file, stage)
 
 
 def test_rankings_that_nobody_asked_for_are_refused(tmp_path):

@@ -1,18 +1,21 @@
 """Models side by side: labels and their differences against a loop over prompts."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from rlhf_jax.data import simulation
 from rlhf_jax.data.records import Ranking
+from rlhf_jax.stages import evaluate
 from rlhf_jax.stages import rankings as stage_rankings
-from rlhf_jax.stages.comparison import METADATA, summarize
+from rlhf_jax.stages.comparison import METADATA, judge_results, summarize
 from rlhf_jax.stages.evaluate import MODELS
 
 PROMPTS, SAMPLES = 40, 2
-CONTEXT: Any = SimpleNamespace(inputs=SimpleNamespace(simulated=True), seed=0)
+CONTEXT: Any = SimpleNamespace(inputs=SimpleNamespace(simulated=False), seed=0)
 
 
 @pytest.fixture
@@ -68,6 +71,55 @@ def test_labels_and_their_differences_are_means_over_prompts_that_have_them(
         assert estimate["n"] == len(pairs) < PROMPTS + (name != "meets_constraints")
         normal = 1.96 * pairs.std() / len(pairs) ** 0.5
         assert estimate["high"] - estimate["low"] == pytest.approx(2 * normal, rel=0.3)
+
+
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_the_judge_that_is_named_is_the_one_that_judged(tmp_path, held_out):
+    """Without held-out labelers PPO's own reward model compares, and says so."""
+    cfg = simulation.SimulationConfig(
+        num_documents=1, num_valid_documents=1, num_held_out_labelers=held_out
+    )
+    simulation.write_campaign(cfg, tmp_path)
+    inputs = SimpleNamespace(simulated=True, root=tmp_path)
+    ctx: Any = SimpleNamespace(inputs=inputs, seed=0, data_seed=lambda name: 0)
+    (file,) = (tmp_path / "prompts").glob("*eval*")
+    prompts = [json.loads(line)["prompt"] for line in file.read_text().splitlines()[:2]]
+    results: dict[str, Any] = {
+        name: {
+            "texts": [["Apple.", "Apple."]],
+            "ended": [[True, True]],
+            "rewards": [[float(i), -float(i)]],
+            "kl": [None],
+            "lengths": [[2, 2]],
+            "pretrain_losses": [2.0, 2.0],
+        }
+        for i, name in enumerate(MODELS)
+    }
+    judge_results(results, prompts, ctx)
+    report = summarize(results, 2, 1, 1.0, ctx)
+    judge = "simulated labelers" if held_out else "reward model"
+    assert report["judge"] == judge
+    of_ppo = np.array(results["ppo"]["preferences"])
+    assert of_ppo.shape == (1, 2, held_out or 1)
+    if not held_out:  # the reward model's own order
+        np.testing.assert_array_equal(of_ppo[0, :, 0], [1.0, -1.0])
+
+
+@pytest.mark.parametrize(("examples", "counted"), [(8, 1), (5, 1), (17, 2), (40, 3)])
+def test_text_is_measured_by_whole_batches(monkeypatch, examples, counted):
+    """The last one's few tokens would weigh as much as all of another's."""
+    read = []
+    text: Any = lambda step: read.append(step)  # noqa: E731
+    measurer = object.__new__(evaluate.Measurer)
+    measurer._cfg = SimpleNamespace(text_batches=3)  # type: ignore[assignment]
+    measurer._ctx = SimpleNamespace(mesh=None)  # type: ignore[assignment]
+    measurer._text = text
+    measurer._sums = lambda params, batch: (-4.0, 2.0)
+    text.num_examples = examples
+    for name in ("pad_rows", "shard_batch", "num_local_shards"):
+        monkeypatch.setattr(evaluate, name, lambda *_: None)
+    assert measurer._pretrain_losses(None) == [2.0] * counted
+    assert read == list(range(counted))
 
 
 def test_a_label_that_no_prompt_has_is_no_estimate(results):

@@ -535,6 +535,7 @@ def test_replicas_add_up_what_one_device_does(whole):
         ({"num_microbatches": 0}, "num_microbatches 0"),
         ({"kl_coef": -0.1}, "kl_coef .* -0.1"),
         ({"kl_target": 0.0}, "kl_target must be above 0 or None, got 0"),
+        ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_coef is 0, which kl_target multipli"),
         ({"kl_target": 1.0, "kl_horizon": 1.6}, "kl_horizon .* batch_size = 1.6"),
     ],
 )

@@ -20,6 +20,7 @@ from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.rankings import (
     RankingScorer,
     accuracy,
+    fitting_demonstrations,
     score_demonstrations,
 )
 from rlhf_jax.stages.reward_model import (
@@ -302,11 +303,13 @@ def test_where_nothing_fits_nothing_is_scored(params, scorer):
     assert scorer(params, [ranking("abcde", ["a", "b"], [1, 2])])[:2] == ([], [])
     long = [Demonstration("abcde", "a")]
     with pytest.raises(DataError, match="none of 1 fits"):
-        score_demonstrations(scorer, params, long)
+        fitting_demonstrations(scorer, long)
 
 
 def test_centering_gives_demonstrations_mean_0(params, scorer):
-    demonstrations = [Demonstration(p, r) for p, r in (("a", "bc"), ("b", "a"))] * 3
+    some = [Demonstration(p, r) for p, r in (("a", "bc"), ("b", "a"))] * 3
+    long = Demonstration("a", "abcdefg")
+    demonstrations = fitting_demonstrations(scorer, [long, *some])
     before = score_demonstrations(scorer, params, demonstrations)
     assert len(before) == 6 and abs(before.mean()) > 1e-3
     moved = center(params, before)
