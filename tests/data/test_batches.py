@@ -471,7 +471,7 @@ def test_rankings_stay_padded_where_packing_saves_nothing():
 
 def test_more_responses_than_the_shape_holds_is_an_error():
     records = [*rankings(2), Ranking("p", ("a",) * 4, (1, 2, 3, 4), (True,) * 4)]
-    with pytest.raises(DataError, match="record 2 has 4 responses.* num_responses 3"):
+    with pytest.raises(DataError, match="record 3 has 4 responses.* num_responses 3"):
         encode_rankings(records, LETTERS, FORM, 5, 4, 3)
 
 
