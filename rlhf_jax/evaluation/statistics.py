@@ -74,7 +74,7 @@ class Estimate:
 
     def negated(self) -> "Estimate":
         """The estimate of -x: a difference seen from the other side."""
-        return Estimate(-self.mean, -self.high, -self.low, self.n)
+        return Estimate(0.0 - self.mean, 0.0 - self.high, 0.0 - self.low, self.n)
 
 
 def mean_estimate(
