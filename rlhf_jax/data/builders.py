@@ -107,14 +107,11 @@ def read_records(directory: Path, kind: Kind, split: Split) -> Sequence[dict[str
     return _source(path, kind, split)
 
 
-def find_dataset(
-    root: Path, name: str, kind: Kind, split: Split
-) -> Sequence[dict[str, Any]]:
-    """Opens the prepared TFDS dataset `root/name` or its only version below it.
+def dataset_path(root: Path, name: str) -> Path:
+    """Where the prepared TFDS dataset `root/name` or its only version below it lies.
 
     Raises:
-        DataError: no or more than one such dataset, not ArrayRecord, no such split, or
-            a feature is missing.
+        DataError: there is none, or more than one.
     """
     found = sorted(path.parent for path in root.glob(f"{name}/**/dataset_info.json"))
     if len(found) != 1:
@@ -124,7 +121,19 @@ def find_dataset(
             "Give NAME, NAME/VERSION or NAME/CONFIG/VERSION of one below this "
             "directory."
         )
-    return _source(found[0], kind, split)
+    return found[0]
+
+
+def find_dataset(
+    root: Path, name: str, kind: Kind, split: Split
+) -> Sequence[dict[str, Any]]:
+    """Opens the dataset at `dataset_path`.
+
+    Raises:
+        DataError: as there, or it is not ArrayRecord, has no such split, or lacks a
+            feature.
+    """
+    return _source(dataset_path(root, name), kind, split)
 
 
 def _source(path: Path, kind: Kind, split: Split) -> Sequence[dict[str, Any]]:

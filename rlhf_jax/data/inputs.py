@@ -181,9 +181,14 @@ class Inputs:
             if name is None:
                 files = find_files(self.root, getattr(self.files, purpose), split)
             else:
-                files = sorted(p for p in (self.root / name).rglob("*") if p.is_file())
+                from rlhf_jax.data import builders  # slow to import
+
+                below = builders.dataset_path(self.root, name).rglob("*")
+                files = sorted(path for path in below if path.is_file())
             for path in files:
                 digest.update(path.name.encode())
-                digest.update(path.read_bytes())
+                with path.open("rb") as file:
+                    while block := file.read(2**20):
+                        digest.update(block)
             hashes[f"{purpose}/{split}"] = digest.hexdigest()[:16]
         return hashes
