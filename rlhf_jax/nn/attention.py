@@ -188,6 +188,8 @@ def causal_attention(
         [B, T, N, H], the dtype of `v`.
     """
     T = q.shape[1]
+    if branches is not None and documents is None:
+        documents = jnp.zeros_like(branches)
     told = [x for x in (documents, branches) if x is not None]
     if fused(q) and not told:
         return fused_attention(q, k, v)

@@ -31,7 +31,8 @@ class TransformerConfig:
     """Of activations; parameters, norms, softmax, logits and losses are float32."""
     document_end: int | None = None
     """Token that ends a document: attention never crosses it and positions begin anew
-    after it. None (GPT-3): packed documents see those before them. A run sets it."""
+    after it. None (GPT-3): packed documents see those before them. A run sets it.
+    Prompts of responses must not hold it: only `forward` looks for it."""
     remat: Remat = "none"
     """What the backward pass computes again to hold less: nothing, of each block all
     but its dense layers (norms, gelu, attention), or each block from its input on."""

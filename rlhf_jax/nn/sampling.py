@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlhf_jax.nn.attention import NEG_INF
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.decoding import (
     caches_apart,
@@ -27,6 +26,7 @@ from rlhf_jax.nn.heads import lm_logits
 from rlhf_jax.nn.transformer import Params, cast_once
 
 Array = jax.Array
+LEAST = float(jnp.finfo(jnp.float32).min)  # below any logit at any temperature
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def contract_logits(logits: Array, temperature: Array | float, cfg: Sampling) ->
     """Logits of the distribution that is sampled from.
 
     logits / temperature, then every token outside the top k, or outside the smallest
-    likeliest set of mass top_p, is set to a large negative number. The log-softmax of
+    likeliest set of mass top_p, is set to the least float32. The log-softmax of
     the result is the log-probability of the sampling contract.
 
     Args:
@@ -106,7 +106,7 @@ def contract_logits(logits: Array, temperature: Array | float, cfg: Sampling) ->
     logits = logits / temperature
     if cfg.top_k is not None:
         kept, _ = jax.lax.top_k(logits, min(cfg.top_k, logits.shape[-1]))
-        logits = jnp.where(logits >= kept[..., -1:], logits, NEG_INF)
+        logits = jnp.where(logits >= kept[..., -1:], logits, LEAST)
     if cfg.top_p is not None and cfg.top_p < 1.0:  # a rounded sum may reach 1 early
         ordered = -jnp.sort(-logits, axis=-1)
         probs = jax.nn.softmax(ordered, axis=-1)
@@ -114,7 +114,7 @@ def contract_logits(logits: Array, temperature: Array | float, cfg: Sampling) ->
         threshold = jnp.min(
             jnp.where(mass_before < cfg.top_p, ordered, jnp.inf), axis=-1, keepdims=True
         )
-        logits = jnp.where(logits >= threshold, logits, NEG_INF)
+        logits = jnp.where(logits >= threshold, logits, LEAST)
     return logits
 
 

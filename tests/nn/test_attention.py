@@ -179,6 +179,22 @@ def test_the_kernel_reads_the_prompt_and_the_own_branch_only(
     chex.assert_trees_all_close(*found, atol=2e-4, rtol=1e-4)
 
 
+def test_branches_read_part_0_and_themselves_with_or_without_documents():
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 1, 6, 2, 4))
+    branches = np.array([[0, 0, 1, 1, 2, 2]])
+    expected = np.zeros((6, 2, 4))
+    for t in range(6):
+        read = [s for s in range(t + 1) if branches[0, s] in (0, branches[0, t])]
+        for n in range(2):
+            weights = np.exp(k[0, read, n] @ q[0, t, n] / 2.0)
+            expected[t, n] = weights / weights.sum() @ v[0, read, n]
+    arrays = [jnp.float32(x)[None] for x in (q[0], k[0], v[0])]
+    for documents in (None, jnp.zeros((1, 6), jnp.int32)):
+        found = attention.causal_attention(*arrays, documents, jnp.asarray(branches))
+        np.testing.assert_allclose(found[0], expected, atol=1e-5)
+
+
 # Two rows: three responses (one empty) to three tokens and two to one; two to four.
 PACKED = [
     [([5, 7, 3], [[1, 2], [], [4, 4, 9, 1]]), ([8], [[3], [3, 3]])],

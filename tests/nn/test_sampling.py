@@ -174,6 +174,17 @@ def test_a_contract_that_keeps_all_only_divides_by_temperature(changes):
     np.testing.assert_allclose(kept, logits / 0.7, rtol=1e-6)
 
 
+@pytest.mark.parametrize("cut", [{"top_k": 1}, {"top_p": 0.9}])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-8, 1e-20])
+def test_a_tiny_temperature_with_a_cut_is_greedy(cut, temperature):
+    """Logits / temperature fall below any constant that excluded tokens could get."""
+    logits = jnp.array([[-40.0, -35.0, -36.0, -50.0]])
+    kept = contract_logits(logits, temperature, Sampling(**cut))
+    np.testing.assert_array_equal(jax.nn.softmax(kept), [[0.0, 1.0, 0.0, 0.0]])
+    tokens, logprobs = sample_tokens(jnp.array([0.999]), kept)
+    assert (int(tokens[0]), float(logprobs[0])) == (1, 0.0)
+
+
 def test_contract_applies_to_each_row_alone(mode):
     logits = jax.random.normal(jax.random.key(0), (2, 3, V_SMALL))
     cfg = Sampling(top_k=4, top_p=0.8)
