@@ -18,7 +18,6 @@ from rlhf_jax.data.batches import TokenBatch
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.transformer import init_params
 from rlhf_jax.stages.pretrain import lm_loss
-from rlhf_jax.training.mesh import MeshConfig
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
@@ -65,14 +64,17 @@ def sweep(repeats: int, seeds: int = 8) -> list[Row]:
     """
     if jax.default_backend() != "cpu":
         return [sweep_here(repeats, seeds)]
-    cores = os.cpu_count() or 1
-    count = max(n for n in range(1, seeds + 1) if seeds % n == 0 and n <= cores)
-    printed = _child(_SWEEP, repeats, seeds, **_on_cpu_devices(count))
+    cores = _divisor(seeds, os.cpu_count() or 1)
+    printed = _child(_SWEEP, repeats, seeds, **_on_cpu_devices(cores))
     return [Row(**json.loads(printed[-1]))]
 
 
+def _divisor(number: int, most: int) -> int:
+    return max(n for n in range(1, most + 1) if number % n == 0)
+
+
 def sweep_here(repeats: int, seeds: int) -> Row:
-    """Ten updates of some seeds, mapped and dealt over all devices, against in turn."""
+    """Ten updates of some seeds, mapped and dealt over devices, against in turn."""
     cfg = TransformerConfig(
         num_layers=3, model_dim=64, num_heads=2, max_len=128, vocab_size=768
     )
@@ -84,8 +86,8 @@ def sweep_here(repeats: int, seeds: int) -> Row:
         return jax.lax.scan(body, state, length=10)[0].params
 
     keys = jax.random.split(jax.random.key(0), seeds)
-    mesh = MeshConfig().make()
-    dealt = jax.P(mesh.axis_names)
+    dealt, count = jax.P("seed"), _divisor(seeds, jax.device_count())
+    mesh = jax.sharding.Mesh(jax.devices()[:count], ("seed",))
     mapped = jax.jit(  # left to XLA, devices would gather each other's activations
         jax.shard_map(
             jax.vmap(run), mesh=mesh, in_specs=dealt, out_specs=dealt, check_vma=False
@@ -97,7 +99,7 @@ def sweep_here(repeats: int, seeds: int) -> Row:
     chex.assert_trees_all_close(jax.device_get(together), stacked, atol=1e-4)
     ours = lambda: mapped(keys)  # noqa: E731
     theirs = lambda: [single(key) for key in keys]  # noqa: E731
-    note = f"{mesh.size} device(s)"
+    note = f"{count} device(s)"
     return duel("sweep/8seeds", ours, "8 runs in turn", theirs, repeats, 1.5, note)
 
 

@@ -188,8 +188,9 @@ class Records(Sequence[Any]):
             yield
         except RuntimeError as error:  # ArrayRecord's checksums
             raise DataError(
-                f"{self._name}: the prepared records are damaged ({error}). Delete "
-                "this directory and run again, or prepare the data set again."
+                f"{self._name}: the prepared records are damaged ({error}). If this is "
+                "a directory of the cache, delete it and run again: it is made anew. "
+                "A data set of your own must be prepared again."
             ) from error
 
     def _checked(self, index: int, features: dict[str, Any]) -> Any:

@@ -192,6 +192,10 @@ def train_tokenizer(
     return Tokenizer(model.getvalue())
 
 
+_DAMAGE = (zipfile.BadZipFile, ValueError, KeyError, RuntimeError, OSError, EOFError)
+"""What reading a broken .npz raises."""
+
+
 def tokenize_corpus(
     documents: Sequence[str], tokenizer: Tokenizer, cache_dir: Path | None = None
 ) -> np.ndarray:
@@ -223,7 +227,7 @@ def tokenize_corpus(
     try:
         with path.open("rb") as file, np.load(file) as kept:
             return kept["ids"]
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise DataError(
             f"{path}: the kept tokens are damaged ({error}). Delete this file and run "
             "again: it is made anew."

@@ -37,7 +37,7 @@ def take_ranked(file: Path | None, path: Path) -> dict[str, Any]:
         )
     asked = {split: _asked(path / f"to_rank_{split}.jsonl") for split in SPLITS}
     rankings = [
-        _as_asked(ranking, asked, f"{file}: record {number}")
+        _as_asked(ranking, asked, f"{file}: ranking {number}")
         for number, ranking in enumerate(read_rankings(file), 1)
     ]
     held_out = asked["valid"]
@@ -84,7 +84,7 @@ def _as_asked(ranking: Ranking, asked: dict[str, Asked], where: str) -> Ranking:
     ]
     if not of_prompt:
         raise DataError(
-            f"{where}: field 'prompt': {ranking.prompt!r} is in neither "
+            f"{where}: field 'prompt': {ranking.prompt[:40]!r} is in neither "
             "to_rank_train.jsonl nor to_rank_valid.jsonl, and would be trained on "
             "though it may be held out. Keep the lines as they are and add `ranks`."
         )
@@ -93,8 +93,8 @@ def _as_asked(ranking: Ranking, asked: dict[str, Asked], where: str) -> Ranking:
         sampled = set().union(*(rows.get(response, ()) for rows in of_prompt))
         if not sampled:
             raise DataError(
-                f"{where}: field 'responses': {response!r} is none of the responses to "
-                "this prompt. Keep the lines as they are and add `ranks`."
+                f"{where}: field 'responses': {response[:40]!r} is none of the "
+                "responses to this prompt. Keep the lines as they are and add `ranks`."
             )
         ended.append(told if len(sampled) == 2 else sampled.pop())
     return dataclasses.replace(ranking, ended=tuple(ended))

@@ -222,8 +222,8 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         purposes += [
             (purpose, split)
             for purpose in ("rankings", "comparisons")
-            for split in ("train", "valid", "test")
-            if ctx.inputs.has(purpose, split)  # type: ignore[arg-type]
+            for split in SPLITS
+            if ctx.inputs.has(purpose, split)
         ]
     sources |= ctx.inputs.fingerprint(*purposes)  # type: ignore[arg-type]
     made_by = {"reward_model": cfg, "seed": ctx.seed}

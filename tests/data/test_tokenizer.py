@@ -227,9 +227,12 @@ def test_damaged_kept_tokens_say_what_to_delete(tokenizer, tmp_path):
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     ids = whole.index(tokenize_corpus(["one", "two"], tokenizer).tobytes())
-    flipped = bytearray(whole)
-    flipped[ids + 1] ^= 64  # an id that the vocabulary may not even have
-    for content in (whole[:-1], whole[:20], b"", bytes(flipped)):
+    directory = whole.index(b"PK\1\2")
+    # an id that the vocabulary may not even have; how the file is packed; where it is
+    wounds = [bytearray(whole) for _ in range(4)]
+    for wound, place in zip(wounds, (ids + 1, directory + 10, -5, -8), strict=True):
+        wound[place] ^= 64
+    for content in (whole[:-1], whole[:20], b"", *wounds):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"tokens-.*\.npz: .*Delete this file"):
             tokenize_corpus(["one", "two"], tokenizer, tmp_path)

@@ -193,8 +193,8 @@ def test_rankings_of_people_for_one_split_only_are_refused(tmp_path, asked):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"prompt": "p1 "}, "record 2: field 'prompt': 'p1 ' is in neither"),
-        ({"responses": ["a", "b "]}, "record 2: field 'responses': 'b ' is none of"),
+        ({"prompt": "p1 "}, "ranking 2: field 'prompt': 'p1 ' is in neither"),
+        ({"responses": ["a", "b "]}, "ranking 2: field 'responses': 'b ' is none of"),
     ],
 )
 def test_lines_that_nobody_asked_about_are_refused(tmp_path, change, told):
