@@ -44,8 +44,9 @@ def _child(code: str, *args: int, **env: str) -> list[str]:
 
 def _on_cpu_devices(count: int) -> dict[str, str]:
     """Environment of a process whose CPU shows so many devices."""
-    flag = f"--xla_force_host_platform_device_count={count}"
-    return {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    flag = f"--xla_force_host_platform_device_count={count}"  # the last counts
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+    return {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
 _SWEEP = """
@@ -53,28 +54,30 @@ import dataclasses, json, sys
 from experiments.benchmark.system import sweep_here
 from rlhf_jax.training.host import keep_freed_memory
 keep_freed_memory()
-print(json.dumps(dataclasses.asdict(sweep_here(*map(int, sys.argv[1:])))))
+print(json.dumps(dataclasses.asdict(sweep_here(int(sys.argv[1])))))
 """
+SEEDS = 8
 
 
-def sweep(repeats: int, seeds: int = 8) -> list[Row]:
+def sweep(repeats: int) -> list[Row]:
     """`sweep_here`, on a CPU in a process that shows each core as a device.
 
     Operations of this size leave much of a second core idle, seeds do not.
     """
     if jax.default_backend() != "cpu":
-        return [sweep_here(repeats, seeds)]
-    cores = _divisor(seeds, os.cpu_count() or 1)
-    printed = _child(_SWEEP, repeats, seeds, **_on_cpu_devices(cores))
+        return [sweep_here(repeats)]
+    cores = _most_even(os.cpu_count() or 1)
+    printed = _child(_SWEEP, repeats, **_on_cpu_devices(cores))
     return [Row(**json.loads(printed[-1]))]
 
 
-def _divisor(number: int, most: int) -> int:
-    return max(n for n in range(1, most + 1) if number % n == 0)
+def _most_even(devices: int) -> int:
+    """How many of the devices can share the seeds evenly."""
+    return max(n for n in range(1, devices + 1) if SEEDS % n == 0)
 
 
-def sweep_here(repeats: int, seeds: int) -> Row:
-    """Ten updates of some seeds, mapped and dealt over devices, against in turn."""
+def sweep_here(repeats: int) -> Row:
+    """Ten updates of 8 seeds, mapped and dealt over devices, against in turn."""
     cfg = TransformerConfig(
         num_layers=3, model_dim=64, num_heads=2, max_len=128, vocab_size=768
     )
@@ -85,8 +88,8 @@ def sweep_here(repeats: int, seeds: int) -> Row:
         body = lambda state, _: (step(state, batch, scalars)[0], None)  # noqa: E731
         return jax.lax.scan(body, state, length=10)[0].params
 
-    keys = jax.random.split(jax.random.key(0), seeds)
-    dealt, count = jax.P("seed"), _divisor(seeds, jax.device_count())
+    keys = jax.random.split(jax.random.key(0), SEEDS)
+    dealt, count = jax.P("seed"), _most_even(jax.device_count())
     mesh = jax.sharding.Mesh(jax.devices()[:count], ("seed",))
     mapped = jax.jit(  # left to XLA, devices would gather each other's activations
         jax.shard_map(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data import simulation
+from rlhf_jax.data.records import SPLITS
 from rlhf_jax.data.simulation import SimulationConfig
 from rlhf_jax.data.sources import (
     DataError,
@@ -163,9 +164,8 @@ class Inputs:
         Raises:
             DataError: naming file, line and field, or what is missing.
         """
-        splits: tuple[Split, ...] = ("train", "valid", "test")
         for purpose in _KINDS:
-            for split in splits:
+            for split in SPLITS:
                 if (purpose, split) in required or self.has(purpose, split):
                     records = self.read(purpose, split)
                     if self._tfds(purpose):  # files were checked when prepared

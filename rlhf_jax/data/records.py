@@ -8,12 +8,13 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rlhf_jax.data.files import DataError, read_lines
 
 Kind = Literal["corpus", "demonstrations", "rankings", "comparisons", "prompts"]
 Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 SEPARATOR = "<|endoftext|>"
 """A line of its own between two documents of a corpus file."""

@@ -13,15 +13,11 @@ from rlhf_jax.data import simulation
 from rlhf_jax.data.sources import DataError, Demonstration
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.common import Context, Model, check_compatible, load_model
-from rlhf_jax.stages.human_rankings import (
-    SPLITS,
-    check_ranked,
-    take_ranked,
-    write_lines,
-)
+from rlhf_jax.stages.human_rankings import ASKED_SPLITS, check_ranked, take_ranked
 from rlhf_jax.stages.sampler import Response, Sampler, fitting
 from rlhf_jax.training.loop import tracked
 from rlhf_jax.training.room import require_room_to_sample
+from rlhf_jax.training.run_dir import write_lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,7 +169,7 @@ def run(cfg: CollectConfig, ctx: Context) -> None:
     }
     check_compatible("pretrain", models["gpt_few_shot"], "sft", models["sft"])
     counts = {}
-    for split in SPLITS:
+    for split in ASKED_SPLITS:
         path = stage.path / f"to_rank_{split}.jsonl"
         if path.exists():
             continue

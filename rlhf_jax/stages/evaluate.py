@@ -29,7 +29,7 @@ from rlhf_jax.training.mesh import (
     shard_whole_batch,
 )
 from rlhf_jax.training.room import require_room_to_sample
-from rlhf_jax.training.run_dir import read_json, write_text
+from rlhf_jax.training.run_dir import read_json, write_lines, write_text
 
 MODELS = {
     "gpt": "pretrain",
@@ -108,10 +108,7 @@ def run(cfg: EvaluateConfig, ctx: Context) -> None:
         results, len(prompts), cfg.num_samples, cfg.sampling.temperature, ctx
     )
     write_text(stage.path / "evaluation.json", json.dumps(report, indent=2))
-    lines = sample_lines(results, prompts, ctx)
-    write_text(
-        stage.path / "samples.jsonl", "".join(json.dumps(x) + "\n" for x in lines)
-    )
+    write_lines(stage.path / "samples.jsonl", sample_lines(results, prompts, ctx))
     stage.finish({"num_prompts": len(prompts)})
 
 

@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data.sources import DataError, Ranking, Split, read_rankings
-from rlhf_jax.training.run_dir import RunDirError, StageDir, file_hash, write_text
+from rlhf_jax.training.run_dir import RunDirError, StageDir, file_hash, write_lines
 
-SPLITS: tuple[Split, ...] = ("train", "valid")
+ASKED_SPLITS: tuple[Split, ...] = ("train", "valid")
 """Of the prompts that responses are drawn to."""
 Asked = dict[str, dict[str, set[bool]]]
 """Prompt -> response -> whether it ended; both where it was drawn twice."""
@@ -35,19 +34,19 @@ def take_ranked(file: Path | None, path: Path) -> dict[str, Any]:
             "list `ranks` (1 best, equal numbers tie) and optionally a `labeler`, and "
             "run the command again with --collect.ranked FILE"
         )
-    asked = {split: _asked(path / f"to_rank_{split}.jsonl") for split in SPLITS}
+    asked = {split: _asked(path / f"to_rank_{split}.jsonl") for split in ASKED_SPLITS}
     rankings = [
         _as_asked(ranking, asked, f"{file}: ranking {number}")
         for number, ranking in enumerate(read_rankings(file), 1)
     ]
     held_out = asked["valid"]
-    for split in SPLITS:
+    for split in ASKED_SPLITS:
         if not any((r.prompt in held_out) == (split == "valid") for r in rankings):
             raise DataError(
                 f"{file}: ranks no prompt of {path / f'to_rank_{split}.jsonl'}; "
                 "rank some of its lines too (train: to learn from, valid: to measure)"
             )
-    for split in SPLITS:
+    for split in ASKED_SPLITS:
         lines = [
             {
                 "prompt": r.prompt,
@@ -109,8 +108,3 @@ def check_ranked(file: Path | None, stage: StageDir) -> None:
             "rankings; use another --run, or delete that folder and those of later "
             "stages"
         )
-
-
-def write_lines(path: Path, lines: Sequence[Any]) -> None:
-    """Writes JSON lines, whole or not at all."""
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))

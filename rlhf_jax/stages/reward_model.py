@@ -18,8 +18,9 @@ from rlhf_jax.data.ranking_batches import (
     RankingBatch,
     ranking_batches,
 )
+from rlhf_jax.data.records import SPLITS
 from rlhf_jax.data.schedule import Batches
-from rlhf_jax.data.sources import DataError, Split
+from rlhf_jax.data.sources import DataError
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.heads import init_scalar_head, scalar_head
 from rlhf_jax.nn.responses import packed_last_states
@@ -56,7 +57,6 @@ from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
 
 Array = jax.Array
-SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

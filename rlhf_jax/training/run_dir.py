@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,6 +31,11 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_lines(path: Path, records: Iterable[Any]) -> None:
+    """Writes records as JSON lines, whole or not at all."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def lock_run(run: Path) -> TextIO:
