@@ -254,6 +254,20 @@ MUTATIONS = (
         "nn/test_refill.py",
     ),
     Mutation(
+        "slots that go on with a row too few",
+        "rlhf_jax/nn/refill.py",
+        "goals = [*widths, 0]",
+        "goals = [*(width + 1 for width in widths), 0]",
+        "nn/test_narrower.py",
+    ),
+    Mutation(
+        "rows that go on as those of the batch before",
+        _SAMPLING,
+        "rows, cache = rows[kept], rows_of(cache, kept)",
+        "rows, cache = kept, rows_of(cache, kept)",
+        "nn/test_narrower.py",
+    ),
+    Mutation(
         "the last chunk's gradient alone",
         _LM,
         "embedding_grad + grads[1]",
@@ -410,8 +424,8 @@ MUTATIONS = (
     Mutation(
         "decoding one position late",
         _SAMPLING,
-        "layers, cache, tokens, prompt_lengths - 1 + t, stem + t",
-        "layers, cache, tokens, prompt_lengths + t, stem + t",
+        "positions = of_rows(prompt_lengths) - 1 + t",
+        "positions = of_rows(prompt_lengths) + t",
         _T_SAMPLING,
     ),
     Mutation(
@@ -431,8 +445,8 @@ MUTATIONS = (
     Mutation(
         "a stretch decodes one token beyond the cache that it reads",
         _SAMPLING,
-        "(carry[0] < end) & jnp.any(carry[2])",
-        "(carry[0] <= end) & (carry[0] < R) & jnp.any(carry[2])",
+        "(carry[0] < end) & (jnp.sum(carry[2]) > enough)",
+        "(carry[0] <= end) & (carry[0] < R) & (jnp.sum(carry[2]) > enough)",
         _T_SAMPLING,
     ),
     Mutation(

@@ -19,6 +19,7 @@ from rlhf_jax.nn.transformer import (
 Array = jax.Array
 
 MIN_STRETCH = 64  # tokens; each part is compiled
+MIN_ROWS = 4  # fewer take as long as these
 
 Cache = tuple[Any, ...]
 """Keys and values, [L, B, N, S, H] each in `cfg.dtype`, as a step reads them; or such
@@ -32,6 +33,29 @@ def stretches(length: int) -> list[int]:
     """
     count = min(max(length // MIN_STRETCH, 1), 4)
     return [-(-length * (i + 1) // count) for i in range(count)]
+
+
+def narrower(num_rows: int, length: int) -> list[int]:
+    """Numbers of rows that decoding goes on with when no more of [B, R] have not ended.
+
+    Half and a quarter on one CPU device, where a step takes as long as it has rows.
+    Each is compiled, so that short responses have none; nor have several devices, which
+    would pass rows to each other, or accelerators, where it was not measured.
+    """
+    one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+    if not one_cpu or length < MIN_STRETCH:
+        return []
+    return [rows for rows in (num_rows // 2, num_rows // 4) if rows >= MIN_ROWS]
+
+
+def unfinished(done: Array, count: int) -> Array:
+    """Indices [count] of rows that have not ended [B], then of others, in order."""
+    return jnp.argsort(done, stable=True)[:count]
+
+
+def rows_of(cache: Cache, rows: Array) -> Cache:
+    """The cache [..., B, N, S, H] of these rows."""
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=-4), cache)
 
 
 def written_out(cfg: TransformerConfig) -> bool:

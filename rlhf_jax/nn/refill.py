@@ -1,11 +1,22 @@
 """Sampling with slots: a row that ends takes the next prompt inside the loop."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from rlhf_jax.nn.config import TransformerConfig
-from rlhf_jax.nn.decoding import decode_step, layers_apart, prefill, widened
+from rlhf_jax.nn.decoding import (
+    decode_step,
+    layers_apart,
+    narrower,
+    prefill,
+    rows_of,
+    unfinished,
+    widened,
+)
 from rlhf_jax.nn.heads import lm_logits
 from rlhf_jax.nn.sampling import (
     Rollout,
@@ -18,6 +29,16 @@ from rlhf_jax.nn.sampling import (
 from rlhf_jax.nn.transformer import Params, cast_once
 
 Array = jax.Array
+
+
+@struct.dataclass
+class Slots:
+    """What each slot, [B], is at."""
+
+    rows: Array  # int32, the prompt
+    starts: Array  # int32, the step it began at
+    tokens: Array  # int32, the last token, which the next step reads
+    free: Array  # bool
 
 
 def generate_refilled(
@@ -39,12 +60,13 @@ def generate_refilled(
     is drawn by the same number. Where lengths vary, about sum(lengths) / num_slots
     steps are taken instead of the longest length for every batch. New keys and values
     go round a ring of R columns, one column a step for all slots; a row reads those
-    written since it began.
+    written since it began. When no prompt is left, the last rows go on in fewer slots
+    (`narrower`).
 
     Args:
         params: policy.
         prompts: int32, [N, P], right-padded; the keys and values of all are computed
-            first and held.
+            first, `num_slots` at a time, and held.
         prompt_lengths: int32 >= 1, [N].
         key: typed PRNG key.
         temperature: of the contract (traced).
@@ -66,34 +88,39 @@ def generate_refilled(
     draws = jax.vmap(lambda t: jax.random.uniform(jax.random.fold_in(key, t), (N,)))
     uniforms = draws(jnp.arange(R))  # [R, N]
     last = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)[:, 0]
-    stems = prefill(params, prompts, model, 0)
+    groups = jnp.pad(prompts, ((0, -N % B), (0, 0))).reshape(-1, B, P)
+    stems = jax.lax.map(lambda group: prefill(params, group, model, 0), groups)
     layers = layers_apart(params, model)
-    first = jnp.arange(B)
-    cache = widened(jax.tree.map(lambda x: x[..., :B, :, :, :], stems), stem + R)
+    cache = widened(jax.tree.map(lambda x: x[0], stems), stem + R)
 
     def refill(carry):
         """Gives the next prompt to the first free slot."""
-        step, next_prompt, rows, starts, tokens, free, cache, rollout = carry
-        slot = jnp.argmax(free)
+        step, next_prompt, slots, cache, rollout = carry
+        slot = jnp.argmax(slots.free)
         put = jax.lax.dynamic_update_slice_in_dim
 
-        def take(slots, all_stems):
-            stem = jax.lax.dynamic_index_in_dim(all_stems, next_prompt, -4)
-            return put(slots, stem, slot, -4)
+        def take(kept, stems):
+            starts = [0] * stems.ndim
+            starts[0], starts[-4] = next_prompt // B, next_prompt % B
+            sizes = list(stems.shape)
+            sizes[0] = sizes[-4] = 1
+            return put(kept, jax.lax.dynamic_slice(stems, starts, sizes)[0], slot, -4)
 
+        taken = Slots(next_prompt, step, last[next_prompt], jnp.bool_(False))
+        slots = jax.tree.map(lambda x, new: put(x, new[None], slot, 0), slots, taken)
         cache = jax.tree.map(take, cache, stems)
-        rows = put(rows, next_prompt[None], slot, 0)
-        starts = put(starts, step[None], slot, 0)
-        tokens = put(tokens, last[next_prompt][None], slot, 0)
-        free = put(free, jnp.zeros((1,), bool), slot, 0)
-        return step, next_prompt + 1, rows, starts, tokens, free, cache, rollout
+        return step, next_prompt + 1, slots, cache, rollout
 
-    def body(carry):
-        carry = jax.lax.while_loop(
-            lambda carry: jnp.any(carry[5]) & (carry[1] < N), refill, carry
+    def refilled(carry):
+        return jax.lax.while_loop(
+            lambda carry: jnp.any(carry[2].free) & (carry[1] < N), refill, carry
         )
-        step, next_prompt, rows, starts, tokens, free, cache, rollout = carry
-        t = step - starts  # [B], which token each slot draws; a free one counts on
+
+    def draw(carry):
+        """One token for each slot."""
+        step, next_prompt, slots, cache, rollout = carry
+        rows, starts = slots.rows, slots.starts
+        t = step - starts  # which token each slot draws; a free one counts on
         places = jnp.minimum(t, R - 1)
         written = step - jnp.mod(step - jnp.arange(R), R)  # step that filled a column
         in_prompt = jnp.arange(stem)[None] < prompt_lengths[rows][:, None] - 1
@@ -102,12 +129,11 @@ def generate_refilled(
         column = stem + jnp.mod(step, R)
         positions = prompt_lengths[rows] - 1 + places
         hidden, cache = decode_step(
-            layers, cache, tokens, positions, column, mask, model
+            layers, cache, slots.tokens, positions, column, mask, model
         )
         logits = contract_logits(lm_logits(table, hidden), temperature, sampling)
         drawn, logprobs = sample_tokens(uniforms[places, rows], logits)
-        alive = ~free
-        kept = jnp.where(alive, rows, N)  # a row beyond the last is dropped
+        kept = jnp.where(slots.free, N, rows)  # a row beyond the last is dropped
         ends = drawn == eos_id
         rollout = Rollout(
             responses=rollout.responses.at[kept, t].set(drawn, mode="drop"),
@@ -115,21 +141,29 @@ def generate_refilled(
             ended=rollout.ended.at[kept].set(ends, mode="drop"),
             logprobs=rollout.logprobs.at[kept, t].set(logprobs, mode="drop"),
         )
-        free = free | ends | (t + 1 >= R)
-        return step + 1, next_prompt, rows, starts, drawn, free, cache, rollout
+        free = slots.free | ends | (t + 1 >= R)
+        slots = slots.replace(tokens=drawn, free=free)
+        return step + 1, next_prompt, slots, cache, rollout
 
-    begin = jnp.zeros((B,), jnp.int32)
-    carry = (
-        jnp.int32(0),
-        jnp.int32(B),
-        first,
-        begin,
-        last[:B],
-        jnp.zeros((B,), bool),
-        cache,
-        empty_rollout(N, R, pad_id),
+    def goes_on(enough, carry):
+        return (jnp.sum(~carry[2].free) > enough) | (carry[1] < N)
+
+    slots = Slots(
+        rows=jnp.arange(B),
+        starts=jnp.zeros((B,), jnp.int32),
+        tokens=last[:B],
+        free=jnp.zeros((B,), bool),
     )
-    *_, rollout = jax.lax.while_loop(
-        lambda carry: ~jnp.all(carry[5]) | (carry[1] < N), body, carry
+    carry = (jnp.int32(0), jnp.int32(B), slots, cache, empty_rollout(N, R, pad_id))
+    widths = narrower(B, R)
+    goals = [*widths, 0]
+    carry = jax.lax.while_loop(
+        functools.partial(goes_on, goals[0]), lambda carry: draw(refilled(carry)), carry
     )
-    return rollout
+    for width, enough in zip(widths, goals[1:], strict=True):
+        step, next_prompt, slots, cache, rollout = carry  # no prompt is left
+        kept = unfinished(slots.free, width)
+        slots = jax.tree.map(lambda x, kept=kept: x[kept], slots)
+        carry = step, next_prompt, slots, rows_of(cache, kept), rollout
+        carry = jax.lax.while_loop(functools.partial(goes_on, enough), draw, carry)
+    return carry[-1]

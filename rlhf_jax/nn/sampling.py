@@ -18,8 +18,11 @@ from rlhf_jax.nn.decoding import (
     caches_apart,
     decode_step,
     layers_apart,
+    narrower,
     prefill,
+    rows_of,
     stretches,
+    unfinished,
     widened,
 )
 from rlhf_jax.nn.heads import lm_logits
@@ -176,7 +179,8 @@ def generate(
 
     A `while_loop` over response positions that stops when every row has drawn
     end-of-text; long responses have several in turn, which read ever more of the cache
-    (`stretches`). Masks come from lengths; pad may equal end-of-text.
+    (`stretches`) or go on with the rows that have not ended (`narrower`). Masks come
+    from lengths; pad may equal end-of-text.
 
     Args:
         params: policy.
@@ -201,15 +205,18 @@ def generate(
     in_prompt = jnp.arange(stem)[None] < prompt_lengths[:, None] - 1
     last = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)[:, 0]
 
-    def body(end, carry):
+    def draw(rows, end, carry):
+        """One token for these rows of the batch (None: all)."""
         t, tokens, alive, cache, rollout = carry
-        so_far = jnp.broadcast_to(jnp.arange(end)[None] <= t, (B, end))
-        mask = jnp.concatenate([in_prompt, so_far], axis=1)
+        of_rows = lambda x: x if rows is None else x[rows]  # noqa: E731
+        positions = of_rows(prompt_lengths) - 1 + t
+        so_far = jnp.broadcast_to(jnp.arange(end)[None] <= t, (len(tokens), end))
+        mask = jnp.concatenate([of_rows(in_prompt), so_far], axis=1)
         hidden, cache = decode_step(
-            layers, cache, tokens, prompt_lengths - 1 + t, stem + t, mask, model
+            layers, cache, tokens, positions, stem + t, mask, model
         )
         logits = contract_logits(lm_logits(table, hidden), temperature, sampling)
-        uniforms = jax.random.uniform(jax.random.fold_in(key, t), (B,))
+        uniforms = of_rows(jax.random.uniform(jax.random.fold_in(key, t), (B,)))
         drawn, logprobs = sample_tokens(uniforms, logits)
         drawn = jnp.where(alive, drawn, pad_id)
         put = jax.lax.dynamic_update_slice
@@ -223,16 +230,31 @@ def generate(
         )
         return t + 1, drawn, alive & (drawn != eos_id), cache, rollout
 
-    empty = empty_rollout(B, R, pad_id)
-    alive = jnp.ones((B,), bool)
+    def draw_until(rows, end, enough, carry):
+        """Tokens up to `end`, or until no more than `enough` rows have not ended."""
+        return jax.lax.while_loop(
+            lambda carry: (carry[0] < end) & (jnp.sum(carry[2]) > enough),
+            functools.partial(draw, rows, end),
+            carry,
+        )
+
     cache = prefill(params, prompts, model, 0 if caches_apart(model) else R)
-    carry = (jnp.int32(0), last, alive, cache, empty)
+    alive = jnp.ones((B,), bool)
+    carry = (jnp.int32(0), last, alive, cache, empty_rollout(B, R, pad_id))
+    widths = narrower(B, R)
+    goals = [*widths, 0]
     for end in stretches(R):
-
-        def goes_on(carry, end=end):
-            return (carry[0] < end) & jnp.any(carry[2])
-
-        t, tokens, alive, cache, rollout = carry
-        carry = (t, tokens, alive, widened(cache, stem + end), rollout)
-        carry = jax.lax.while_loop(goes_on, functools.partial(body, end), carry)
-    return carry[-1]
+        *progress, cache, rollout = carry
+        carry = (*progress, widened(cache, stem + end), rollout)
+        carry = draw_until(None, end, goals[0], carry)
+    rows, rollout = jnp.arange(B), carry[-1]
+    for width, enough in zip(widths, goals[1:], strict=True):
+        t, tokens, alive, cache, _ = carry
+        kept = unfinished(~alive, width)
+        rows, cache = rows[kept], rows_of(cache, kept)
+        part = jax.tree.map(lambda x, rows=rows: x[rows], rollout)
+        carry = (t, tokens[kept], alive[kept], cache, part)
+        carry = draw_until(rows, R, enough, carry)
+        put = lambda whole, new, rows=rows: whole.at[rows].set(new)  # noqa: E731
+        rollout = jax.tree.map(put, rollout, carry[-1])
+    return rollout
