@@ -30,6 +30,7 @@ from rlhf_jax.nn.transformer import Params, cast_once
 
 Array = jax.Array
 LEAST = float(jnp.finfo(jnp.float32).min)  # below any logit at any temperature
+LEAST_WEIGHT = -80.0  # nats below the likeliest token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,24 +126,30 @@ def sample_tokens(uniforms: Array, logits: Array) -> tuple[Array, Array]:
     """Draws one token a row by the inverse of the cumulative distribution.
 
     The smallest v with sum_{w <= v} p_w > u, in two levels (blocks of tokens, then one
-    block): one uniform number a row instead of V Gumbel draws.
+    block): one uniform number a row instead of V Gumbel draws, and no array [B, V].
 
     Args:
         uniforms: float32 in [0, 1), [B].
         logits: float32, [B, V], of the contract.
 
     Returns:
-        tokens, int32 [B], never one of probability 0; their log-probabilities,
-        float32 [B].
+        tokens, int32 [B], never one of probability 0 (or e^-80 of the likeliest's);
+        their log-probabilities, float32 [B].
     """
     chex.assert_rank([uniforms, logits], [1, 2])
     B, V = logits.shape
     width = max(1, round(V**0.5))
-    num_blocks = -(-V // width)
+    whole = V // width * width  # the rest is a block of fewer tokens
     top = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - top)
-    padded = jnp.pad(weights, ((0, 0), (0, num_blocks * width - V)))
-    blocks = padded.reshape(B, num_blocks, width)
+
+    def weights(logits, top):  # far from underflow, where two programs may differ
+        return jnp.where(logits - top > LEAST_WEIGHT, jnp.exp(logits - top), 0.0)
+
+    blocks = logits[:, :whole].reshape(B, -1, width)
+    masses = jnp.sum(weights(blocks, top[:, :, None]), axis=-1)
+    if whole < V:
+        end = jnp.sum(weights(logits[:, whole:], top), axis=-1, keepdims=True)
+        masses = jnp.concatenate([masses, end], axis=-1)
 
     def pick(rest, masses):  # index where the running sum passes `rest`; what is left
         sums = jnp.cumsum(masses, axis=-1)  # a parallel sum: may move where a mass is 0
@@ -153,12 +160,15 @@ def sample_tokens(uniforms: Array, logits: Array) -> tuple[Array, Array]:
         before = jnp.take_along_axis(sums - masses, index, axis=-1)
         return index, jnp.maximum(rest - before[:, 0], 0.0)
 
-    masses = jnp.sum(blocks, axis=-1)
     total = jnp.sum(masses, axis=-1)
-    block_index, rest = pick(uniforms * total, masses)
-    inside = jnp.take_along_axis(blocks, block_index[:, :, None], axis=1)[:, 0]
-    token_index, _ = pick(rest, inside)
-    tokens = (block_index * width + token_index)[:, 0].astype(jnp.int32)
+    block, rest = pick(uniforms * total, masses)
+    first = block * width
+    start = jnp.minimum(first, V - width)  # reads as many tokens of the last block
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=width)
+    inside = weights(jax.vmap(cut)(logits, start[:, 0]), top)
+    inside = jnp.where(start + jnp.arange(width)[None] >= first, inside, 0.0)
+    place, _ = pick(rest, inside)
+    tokens = (start + place)[:, 0].astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - top[:, 0] - jnp.log(total)
 

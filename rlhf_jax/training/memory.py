@@ -13,7 +13,7 @@ Accelerators have not been compared.
 import dataclasses
 
 from rlhf_jax.nn.config import TransformerConfig
-from rlhf_jax.nn.decoding import caches_apart, stretches, written_out
+from rlhf_jax.nn.decoding import caches_apart, narrower, stretches, written_out
 from rlhf_jax.nn.transformer import unrolled
 from rlhf_jax.training.activations import (
     Row,
@@ -144,7 +144,7 @@ def ppo_iteration(
     """The fullest phase of a PPO iteration: rollout, scores, update or ptx.
 
     Rollout: keys and values [L, B, N, P - 1 + R, H], while they are laid out those of
-    the prompt twice (XLA may manage with the keys alone), then 4 arrays [B, V] (with
+    the prompt twice (XLA may manage with the keys alone), then 2 arrays [B, V] (with
     slots: keys and values of all prompts, and B slots), and weights in the dtype of
     their products. Scores: a forward pass of policy, reference, value and reward model
     holds 6 [T, D], 1 [T, F] and the scores of attention, those of the response twice;
@@ -267,7 +267,8 @@ def _decoding(
     holders: int,
 ) -> list[Memory]:
     """Responses [decoded, R] at a time after prompts [rows, P], see `ppo_iteration`:
-    while the cache is laid out, is widened layer by layer, and tokens are drawn."""
+    while the cache is laid out, is widened layer by layer or taken of fewer rows, and
+    tokens are drawn."""
     stem = rows * cache_bytes(model, 1, prompt - 1)
     cache = decoded * cache_bytes(model, 1, prompt - 1 + length)
     least = (stem + cache) / 2
@@ -278,13 +279,16 @@ def _decoding(
     if written_out(model):
         copied += BYTES[model.dtype] * block_params(model) / holders
     both = Memory(cache=cache, activations=copied, least=least)
-    logits = 4 * 4 * decoded * model.vocab_size
-    kept, narrower = (0.0 if decoded == rows else stem), 0.0
+    logits = 4 * 2 * decoded * model.vocab_size
+    kept = 0.0 if decoded == rows else stem
+    parts = model.num_layers if caches_apart(model) else 1
+    fewer = max(narrower(int(decoded), length), default=0) / decoded
+    copies = [stem, cache * fewer / parts / 2]  # keys of fewer rows, then values
     if decoded == rows and caches_apart(model):
         before = prompt - 1 + [0, *stretches(length)][-2]
-        narrower = decoded * cache_bytes(model, 1, before) / model.num_layers
+        copies.append(decoded * cache_bytes(model, 1, before) / parts)
     return [
-        dataclasses.replace(both, cache=cache + max(stem, narrower)),
+        dataclasses.replace(both, cache=cache + max(copies)),
         dataclasses.replace(both, cache=cache + kept, logits=logits),
     ]
 
