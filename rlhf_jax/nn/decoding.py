@@ -38,9 +38,10 @@ def stretches(length: int) -> list[int]:
 def narrower(num_rows: int, length: int) -> list[int]:
     """Numbers of rows that decoding goes on with when no more of [B, R] have not ended.
 
-    Half and a quarter on one CPU device, where a step takes as long as it has rows.
-    Each is compiled, so that short responses have none; nor have several devices, which
-    would pass rows to each other, or accelerators, where it was not measured.
+    Half and a quarter on one CPU device, where a step's time is about in proportion to
+    its rows. Each is compiled, so that short responses have none; nor have several
+    devices, which would pass rows to each other, or accelerators, where it was not
+    measured.
     """
     one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
     if not one_cpu or length < MIN_STRETCH:

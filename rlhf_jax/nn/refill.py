@@ -15,7 +15,6 @@ from rlhf_jax.nn.decoding import (
     prefill,
     rows_of,
     unfinished,
-    widened,
 )
 from rlhf_jax.nn.heads import lm_logits
 from rlhf_jax.nn.sampling import (
@@ -66,7 +65,7 @@ def generate_refilled(
     Args:
         params: policy.
         prompts: int32, [N, P], right-padded; the keys and values of all are computed
-            first, `num_slots` at a time, and held.
+            first, at most `num_slots` at a time, and held.
         prompt_lengths: int32 >= 1, [N].
         key: typed PRNG key.
         temperature: of the contract (traced).
@@ -88,10 +87,19 @@ def generate_refilled(
     draws = jax.vmap(lambda t: jax.random.uniform(jax.random.fold_in(key, t), (N,)))
     uniforms = draws(jnp.arange(R))  # [R, N]
     last = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)[:, 0]
-    groups = jnp.pad(prompts, ((0, -N % B), (0, 0))).reshape(-1, B, P)
+    num_groups = -(-N // B)
+    size = -(-N // num_groups)
+    padded = jnp.pad(prompts, ((0, num_groups * size - N), (0, 0)))
+    groups = padded.reshape(num_groups, size, P)
     stems = jax.lax.map(lambda group: prefill(params, group, model, 0), groups)
     layers = layers_apart(params, model)
-    cache = widened(jax.tree.map(lambda x: x[0], stems), stem + R)
+
+    def cache_like(stems):
+        """Columns of B slots; made of the first group's, since zeros would be laid out
+        while the prompts are computed."""
+        widths = [(0, 0)] * (stems.ndim - 1)
+        widths[-4], widths[-2] = (0, B - size), (0, R)
+        return jnp.pad(stems[0], widths)
 
     def refill(carry):
         """Gives the next prompt to the first free slot."""
@@ -99,12 +107,12 @@ def generate_refilled(
         slot = jnp.argmax(slots.free)
         put = jax.lax.dynamic_update_slice_in_dim
 
-        def take(kept, stems):
-            starts = [0] * stems.ndim
-            starts[0], starts[-4] = next_prompt // B, next_prompt % B
-            sizes = list(stems.shape)
-            sizes[0] = sizes[-4] = 1
-            return put(kept, jax.lax.dynamic_slice(stems, starts, sizes)[0], slot, -4)
+        def take(columns, stems):
+            place = [0] * stems.ndim
+            place[0], place[-4] = next_prompt // size, next_prompt % size
+            one = list(stems.shape)
+            one[0] = one[-4] = 1
+            return put(columns, jax.lax.dynamic_slice(stems, place, one)[0], slot, -4)
 
         taken = Slots(next_prompt, step, last[next_prompt], jnp.bool_(False))
         slots = jax.tree.map(lambda x, new: put(x, new[None], slot, 0), slots, taken)
@@ -148,13 +156,14 @@ def generate_refilled(
     def goes_on(enough, carry):
         return (jnp.sum(~carry[2].free) > enough) | (carry[1] < N)
 
-    slots = Slots(
-        rows=jnp.arange(B),
-        starts=jnp.zeros((B,), jnp.int32),
-        tokens=last[:B],
-        free=jnp.zeros((B,), bool),
+    none = jnp.zeros((B,), jnp.int32)
+    carry = (
+        jnp.int32(0),
+        jnp.int32(0),
+        Slots(rows=none, starts=none, tokens=none, free=jnp.ones((B,), bool)),
+        jax.tree.map(cache_like, stems),
+        empty_rollout(N, R, pad_id),
     )
-    carry = (jnp.int32(0), jnp.int32(B), slots, cache, empty_rollout(N, R, pad_id))
     widths = narrower(B, R)
     goals = [*widths, 0]
     carry = jax.lax.while_loop(

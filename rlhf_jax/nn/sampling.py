@@ -126,7 +126,7 @@ def sample_tokens(uniforms: Array, logits: Array) -> tuple[Array, Array]:
     """Draws one token a row by the inverse of the cumulative distribution.
 
     The smallest v with sum_{w <= v} p_w > u, in two levels (blocks of tokens, then one
-    block): one uniform number a row instead of V Gumbel draws, and no array [B, V].
+    block): one uniform number a row instead of V Gumbel draws, no further array [B, V].
 
     Args:
         uniforms: float32 in [0, 1), [B].
@@ -142,7 +142,9 @@ def sample_tokens(uniforms: Array, logits: Array) -> tuple[Array, Array]:
     whole = V // width * width  # the rest is a block of fewer tokens
     top = jnp.max(logits, axis=-1, keepdims=True)
 
-    def weights(logits, top):  # far from underflow, where two programs may differ
+    def weights(logits, top):
+        """exp(logits - top). Sums and the drawn block compute it each, and must agree
+        on what is 0: it is where one of them might flush a tiny number to 0."""
         return jnp.where(logits - top > LEAST_WEIGHT, jnp.exp(logits - top), 0.0)
 
     blocks = logits[:, :whole].reshape(B, -1, width)
@@ -265,6 +267,6 @@ def generate(
         part = jax.tree.map(lambda x, rows=rows: x[rows], rollout)
         carry = (t, tokens[kept], alive[kept], cache, part)
         carry = draw_until(rows, R, enough, carry)
-        put = lambda whole, new, rows=rows: whole.at[rows].set(new)  # noqa: E731
-        rollout = jax.tree.map(put, rollout, carry[-1])
+        write_back = lambda whole, new, rows=rows: whole.at[rows].set(new)  # noqa: E731
+        rollout = jax.tree.map(write_back, rollout, carry[-1])
     return rollout

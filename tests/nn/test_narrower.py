@@ -18,7 +18,12 @@ N, P, R, EOS, PAD = 19, 5, 10, 7, 7
 
 @pytest.fixture
 def rollouts(monkeypatch, tiny, random_params):
-    """Makes `(slots, widths, jit) -> seed -> rollout` of 19 prompts; None: no slots."""
+    """Makes `(slots, widths, jit) -> seed -> rollout` of 19 prompts; None: no slots.
+
+    The cache has two stretches.
+    """
+    monkeypatch.setattr(decoding, "MIN_STRETCH", R // 2)
+    assert len(decoding.stretches(R)) == 2
     cfg = tiny()
     rng = np.random.default_rng(0)
     lengths = jnp.asarray(rng.integers(1, P + 1, N), jnp.int32)
@@ -42,10 +47,15 @@ def rollouts(monkeypatch, tiny, random_params):
 WIDTHS = [(None, [9, 4]), (None, [18]), (None, [3]), (8, [4, 2]), (8, [3]), (1, [])]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
 @pytest.mark.parametrize(("slots", "widths"), WIDTHS)
-def test_fewer_rows_draw_the_tokens_of_all_rows(rollouts, slots, widths):
+def test_fewer_rows_draw_the_tokens_of_all_rows(
+    rollouts, monkeypatch, slots, widths, backend
+):
+    """With a cache for each layer, and with one for all, as where they are many."""
     whole = rollouts(None, [])
     expected = [whole(seed) for seed in range(4)]
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     narrow = rollouts(slots, widths)
     for seed, want in enumerate(expected):
         chex.assert_trees_all_close(narrow(seed), want, atol=2e-5)
