@@ -144,13 +144,14 @@ def ppo_iteration(
     """The fullest phase of a PPO iteration: rollout, scores, update or ptx.
 
     Rollout: keys and values [L, B, N, P - 1 + R, H], while they are laid out those of
-    the prompt twice (XLA may manage with the keys alone), then 2 arrays [B, V] (with
-    slots: keys and values of all prompts, and B slots), and weights in the dtype of
-    their products. Scores: a forward pass of policy, reference, value and reward model
-    holds 6 [T, D], 1 [T, F] and the scores of attention, those of the response twice;
-    written out, all four advance together and are fullest in the last block,
-    1 [R + 1, F], the reward model in the one before it. Then 2 chunks of logits of
-    policy and reference each. Ptx: beside the pass of PPO, on which it does not wait.
+    the prompt twice (XLA may manage with the keys alone), then 2 arrays [B, V] (top-p
+    sorts 2 more, not counted; with slots: keys and values of all prompts, and B slots),
+    and weights in the dtype of their products. Scores: a forward pass of policy,
+    reference, value and reward model holds 6 [T, D], 1 [T, F] and the scores of
+    attention, those of the response twice; written out, all four advance together and
+    are fullest in the last block, 1 [R + 1, F], the reward model in the one before it.
+    Then 2 chunks of logits of policy and reference each. Ptx: beside the pass of PPO,
+    on which it does not wait.
 
     Args:
         policy, reward: shapes; a value model of its own has the reward model's.
