@@ -218,7 +218,7 @@ def generate(
     last = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)[:, 0]
 
     def draw(rows, end, carry):
-        """One token for these rows of the batch (None: all)."""
+        """One token for these rows of the batch (None: all, left on their devices)."""
         t, tokens, alive, cache, rollout = carry
         of_rows = lambda x: x if rows is None else x[rows]  # noqa: E731
         positions = of_rows(prompt_lengths) - 1 + t

@@ -284,12 +284,12 @@ def _decoding(
     kept = 0.0 if decoded == rows else stem
     parts = model.num_layers if caches_apart(model) else 1
     fewer = max(narrower(int(decoded), length), default=0) / decoded
-    copies = [stem, cache * fewer / parts / 2]  # keys of fewer rows, then values
+    beside = [stem, cache * fewer / parts / 2]  # keys of fewer rows, then values
     if decoded == rows and caches_apart(model):
         before = prompt - 1 + [0, *stretches(length)][-2]
-        copies.append(decoded * cache_bytes(model, 1, before) / parts)
+        beside.append(decoded * cache_bytes(model, 1, before) / parts)
     return [
-        dataclasses.replace(both, cache=cache + max(copies)),
+        dataclasses.replace(both, cache=cache + max(beside)),
         dataclasses.replace(both, cache=cache + kept, logits=logits),
     ]
 
