@@ -5,8 +5,10 @@ XLA on CPU keeps of it where they are written out. Bytes are of one device.
 """
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 
 from rlhf_jax.nn.attention import causal_pairs
 from rlhf_jax.nn.config import TransformerConfig
@@ -77,10 +79,18 @@ def score_bytes(model: TransformerConfig, row: Row, arrays: float) -> float:
     return arrays * size * model.num_heads * row.pairs
 
 
+@functools.cache
+def _gelu_factors() -> int:
+    """Arrays that autodiff keeps for the derivative of gelu: JAX 0.10 5, 0.12 4."""
+    x = jax.ShapeDtypeStruct((2,), jnp.float32)
+    kept = jax.eval_shape(lambda x: jax.vjp(jax.nn.gelu, x)[1], x)
+    return sum(array.ndim for array in jax.tree.leaves(kept))
+
+
 def _one_block(model: TransformerConfig, row: Row, looped: bool) -> float:
     """What one block of a row keeps without remat, see `kept_bytes`."""
     D, F = model.model_dim, model.mlp_dim
-    mlp, scores = (6, 2) if looped else (3, 3)
+    mlp, scores = (_gelu_factors() + 1, 2) if looped else (3, 3)
     per_token = 6 * 4 * D + activation_size(model, row) * (6 * D + mlp * F)
     if model.dropout:
         per_token += 2 * D if looped else 4 * 4 * D
@@ -92,8 +102,8 @@ def kept_bytes(model: TransformerConfig, row: Row) -> float:
 
     A loop over layers stacks all that autodiff asks for, [L, ...]. Of each block, per
     token: 3 arrays [D] of both norms in float32; in `dtype` 6 [D] (q, k, v, attention's
-    output, the inputs of two products) and 6 [F] (factors of gelu's derivative and the
-    MLP's hidden units); per pair of positions and head, exponentials and weights.
+    output, the inputs of two products) and 5 or 6 [F] (`_gelu_factors` and the MLP's
+    hidden units); per pair of positions and head, exponentials and weights.
     Of layers written out (`unrolled`) XLA keeps 3 [F] and 3 of pairs, and computes the
     rest again where it is read. Dropout keeps two masks [D]; written out, also their
     random bits. With remat a layer keeps its input [D] and, of "elementwise", what its
