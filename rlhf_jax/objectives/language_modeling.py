@@ -10,7 +10,7 @@ from rlhf_jax.objectives.masking import masked_sum
 
 Array = jax.Array
 
-MAX_LOGITS = 2**25  # elements of logits held at once (128 MiB in float32)
+MAX_LOGITS = 2**26  # elements of logits held at once (256 MiB in float32)
 MAX_LOGITS_ACCELERATOR = 2**28  # 1 GiB
 MIN_CHUNK = 512  # positions, see `loss_chunks`
 
