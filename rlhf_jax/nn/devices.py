@@ -1,10 +1,10 @@
 """What the compiler must be told where parameters are cut: what stays where.
 
-It also keeps out the one product that XLA's partitioner (jax 0.11.2) gets wrong where
-data, fsdp and tensor all cut: x [rows, K / tensor] w [K / tensor, N / fsdp] laid out as
-[rows, N / tensor], rows over data and fsdp. Whatever dense layers write to the residual
-stream, and its cotangent, is whole along D. Decoding, where nothing demands it, was
-found without.
+It also keeps out the one product that XLA's partitioner (jax 0.10 to 0.12) gets wrong
+where data, fsdp and tensor all cut: x [rows, K / tensor] w [K / tensor, N / fsdp] laid
+out as [rows, N / tensor], rows over data and fsdp. Whatever dense layers write to the
+residual stream, and its cotangent, is whole along D. Decoding, where nothing demands
+it, was found without.
 
 An array's type names the axes of its mesh, also while it is traced, so that no mesh is
 handed down here; on one device, and within `shard_map`, nothing is changed. Decoding is
