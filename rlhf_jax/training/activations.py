@@ -84,7 +84,7 @@ def _gelu_factors() -> int:
     """Arrays that autodiff keeps for the derivative of gelu: JAX 0.10 5, 0.12 4."""
     x = jax.ShapeDtypeStruct((2,), jnp.float32)
     kept = jax.eval_shape(lambda x: jax.vjp(jax.nn.gelu, x)[1], x)
-    return sum(array.ndim for array in jax.tree.leaves(kept))
+    return sum(array.shape == x.shape for array in jax.tree.leaves(kept))
 
 
 def _one_block(model: TransformerConfig, row: Row, looped: bool) -> float:

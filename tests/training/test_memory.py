@@ -297,7 +297,7 @@ def test_a_step_on_text_with_fsdp(num_layers):
     ("model", "prompt", "R", "laid_out", "most"),
     [
         # attention over the prompts is the fullest moment; JAX 0.12 holds 6 % less
-        (shape(), 448, 64, False, 1.07),
+        (shape(), 448, 64, False, 1.02 if jax.__version_info__ < (0, 11) else 1.07),
         (shape(vocab=50257), 32, 64, False, 1.02),  # the logits of a token are
         (shape(dim=192, vocab=4096), 128, 64, True, 1.02),
         (shape(vocab=512), 8, 256, False, 1.04),  # a layer's cache being widened is
