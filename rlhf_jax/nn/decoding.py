@@ -1,5 +1,6 @@
 """Decoding: keys and values of the prompt, then one token a row at a time."""
 
+import functools
 from typing import Any
 
 import jax
@@ -120,24 +121,30 @@ def prefill(
     B, stem = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(stem)[None], tokens.shape)
 
-    def layer(x, layer_params):
+    def layer(x, index, rows=None):
         kept = []
 
         def attend(q, k, v):
             kept.extend((jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
-            return causal_attention(q, k, v)
+            return causal_attention(q, k, v) if rows is None else q
 
-        x = block(layer_params, x, attend, cfg)
+        at_index = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+        layer_params = jax.tree.map(lambda p: at_index(p, index), params["blocks"])
+        x = block(layer_params, x, attend, cfg, rows=rows)
         return x, tuple(kept)
 
     if stem:
         x = embed(params, tokens, positions, cfg.dtype)
-        _, cache = jax.lax.scan(layer, x, params["blocks"])
+        x, cache = jax.lax.scan(layer, x, jnp.arange(cfg.num_layers - 1))
+        _, last = layer(x, cfg.num_layers - 1, rows=stem)  # no state of it is read
     else:
-        shape = (cfg.num_layers, B, cfg.num_heads, 0, cfg.head_dim)
-        cache = jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype)
+        none = jnp.zeros((B, cfg.num_heads, 0, cfg.head_dim), cfg.dtype)
+        last = none, none
+        cache = (jnp.broadcast_to(none, (cfg.num_layers - 1, *none.shape)),) * 2
     if caches_apart(cfg):
-        cache = tuple(zip(*cache, strict=True))
+        cache = (*zip(*cache, strict=True), last)
+    else:
+        cache = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), cache, last)
     return widened(cache, stem + num_columns)
 
 

@@ -91,15 +91,22 @@ def shared_prompt(
     return work + Work(-rest - unread)
 
 
-def rollout(cfg: TransformerConfig, batch: float, prompt: int, length: int) -> Work:
-    """Sampling [B, R] after [B, P]: the prompt once, then R steps.
+def prefill(cfg: TransformerConfig, batch: float, prompt: int) -> Work:
+    """Keys and values of prompts [B, P], which the last block computes alone."""
+    stem = prompt - 1
+    unread = 20 * cfg.model_dim**2 * stem + 4 * cfg.model_dim * causal_pairs(stem)
+    return forward(cfg, batch * stem, causal_keys(stem)) + Work(-batch * unread)
+
+
+def decoding(cfg: TransformerConfig, batch: float, prompt: int, length: int) -> Work:
+    """Sampling [B, R] after the `prefill` of [B, P]: R steps.
 
     Each step reads the weights, and of the cache [B, P - 1 + R, 2 L D] the columns that
     its stretch of the response may fill (`stretches`); slots read all of it.
     """
     size, stem, start = BYTES[cfg.dtype], prompt - 1, 0
     weights = size * (block_params(cfg) + cfg.vocab_size * cfg.model_dim)
-    work = forward(cfg, batch * stem, causal_keys(stem))
+    work = Work(0.0)
     for end in stretches(length):
         keys = stem + end
         cache = size * batch * keys * 2 * cfg.num_layers * cfg.model_dim
@@ -128,8 +135,8 @@ def ppo_iteration(
         ptx_rows, ptx_len: pre-training rows [rows, T] of PPO-ptx.
 
     Returns:
-        rollout, scores (old and reference log-probabilities, values, score), update
-        (policy and value), ptx.
+        prefill, decoding, scores (old and reference log-probabilities, values, score),
+        update (policy and value), ptx.
     """
     spoken = shared_prompt(policy, prompt, 1, length, False) + Work(
         2 * policy.vocab_size * policy.model_dim * length
@@ -139,7 +146,8 @@ def ppo_iteration(
     ptx_tokens = ptx_rows * ptx_len
     text = forward(policy, ptx_tokens, causal_keys(ptx_len), ptx_tokens)
     return {
-        "rollout": rollout(policy, batch, prompt, length),
+        "prefill": prefill(policy, batch, prompt),
+        "decoding": decoding(policy, batch, prompt, length),
         "scores": batch * (2 * spoken + valued + scored),
         "update": 3 * epochs * batch * (spoken + valued),
         "ptx": 3 * epochs * text,

@@ -226,9 +226,9 @@ def sampling(
 ) -> Memory:
     """Samples [rows, R] after prompts [rows, P], as collection and evaluation draw.
 
-    The fullest moment of decoding, or one block of the prompts beside their keys and
-    values: its attention, 5 [P - 1, D] and the scores, or its MLP, 2 [P - 1, D] and
-    1 [P - 1, F].
+    The fullest moment of decoding, or the last block but one of the prompts beside
+    their keys and values so far: its attention, 5 [P - 1, D] and the scores, or its
+    MLP, 2 [P - 1, D] and 1 [P - 1, F].
 
     Args:
         model: shape.
@@ -244,7 +244,7 @@ def sampling(
     array = activation_size(model, row) * row.tokens
     attention = 5 * array * model.model_dim + score_bytes(model, row, 1)
     block = max(attention, array * (2 * model.model_dim + model.mlp_dim))
-    stem = rows * cache_bytes(model, 1, row.tokens)
+    stem = rows * _looped(model) * cache_bytes(model, 1, row.tokens)
     phases = _decoding(model, rows, rows, prompt, length, holders)
     copied = phases[0].activations
     phases.append(Memory(cache=stem, activations=copied + rows * block))
@@ -257,6 +257,11 @@ def sampling(
         phases.append(Memory(logits=4 * logits_bytes(model, rows, spoken)))
     given = Memory(frozen=models * param_bytes(model, holders))
     return _with_arguments(given, phases)
+
+
+def _looped(model: TransformerConfig) -> float:
+    """Share of the layers that the loop of `prefill` stacks: all but the last."""
+    return 1 - 1 / model.num_layers
 
 
 def _decoding(
@@ -284,7 +289,8 @@ def _decoding(
     kept = 0.0 if decoded == rows else stem
     parts = model.num_layers if caches_apart(model) else 1
     fewer = max(narrower(int(decoded), length), default=0) / decoded
-    beside = [stem, cache * fewer / parts / 2]  # keys of fewer rows, then values
+    beside = [_looped(model) * stem]
+    beside.append(cache * fewer / parts / 2)  # keys of fewer rows, then values
     if decoded == rows and caches_apart(model):
         before = prompt - 1 + [0, *stretches(length)][-2]
         beside.append(decoded * cache_bytes(model, 1, before) / parts)

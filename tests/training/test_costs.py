@@ -75,13 +75,13 @@ def test_layers_in_a_loop_are_all_computed(monkeypatch):
     assert looped == whole
 
 
-def test_prefill_is_a_loop_of_equal_layers(params):
-    """XLA counts the body of its loop once: one layer."""
+def test_prefill_is_a_loop_of_equal_layers_and_keys_and_values(params):
+    """XLA counts the body of its loop once: one layer, and the last one's cache."""
     B, P = 4, 97
     prefilled = functools.partial(prefill, cfg=CFG, num_columns=1)
-    one_layer = dataclasses.replace(CFG, num_layers=1)
+    two_layers = dataclasses.replace(CFG, num_layers=2)
     counted = flops_of(prefilled, params, ids(B, P))
-    formula = costs.rollout(one_layer, B, P, 0).flops
+    formula = costs.prefill(two_layers, B, P).flops
     assert formula == pytest.approx(counted, rel=0.05)
 
 
@@ -100,9 +100,8 @@ def test_a_decoding_step_reads_weights_and_cache(params):
 
     mask = jax.ShapeDtypeStruct((B, S), jnp.bool_)
     counted = flops_of(step, layers, cache, ids(B), ids(B), mask)
-    whole = costs.rollout(CFG, B, P, R)
-    prompt = costs.forward(CFG, B * (P - 1), P - 1)
-    assert (whole.flops - prompt.flops) / R == pytest.approx(counted, rel=0.05)
+    whole = costs.decoding(CFG, B, P, R)
+    assert whole.flops / R == pytest.approx(counted, rel=0.05)
     weights = 4 * (costs.block_params(CFG) + 640 * 128)
     held = sum(x.size * 4 for x in jax.tree.leaves(cache))
     assert whole.bytes / 4 == pytest.approx(weights + held)
@@ -110,22 +109,22 @@ def test_a_decoding_step_reads_weights_and_cache(params):
 
 def test_decoding_reads_what_its_stretch_may_fill():
     """128 tokens in two parts that read 64 and 128 columns and the prompt."""
-    whole, prompt = costs.rollout(CFG, 4, 33, 128), costs.rollout(CFG, 4, 33, 0)
+    whole = costs.decoding(CFG, 4, 33, 128)
     rows = 4 * 2 * CFG.num_layers * CFG.model_dim * 4  # bytes of a column
     weights = 4 * (costs.block_params(CFG) + 640 * 128)
     assert whole.bytes == 128 * (weights + rows * (32 + 96))
     attention = 4 * CFG.num_layers * CFG.model_dim * 4 * 128 * (32 + 96)
     products = 2 * 4 * 128 * (costs.block_params(CFG) + 640 * 128)
-    assert whole.flops - prompt.flops == attention + products
+    assert whole.flops == attention + products
 
 
 def test_a_longer_iteration_costs_in_proportion():
     """Doubling episodes doubles FLOPs; the weights are read once for all of them."""
     one = costs.ppo_iteration(CFG, CFG, 8, 32, 16, 1)
     two = costs.ppo_iteration(CFG, CFG, 16, 32, 16, 1)
-    for phase in ("rollout", "scores", "update"):
+    for phase in ("prefill", "decoding", "scores", "update"):
         assert two[phase].flops == pytest.approx(2 * one[phase].flops)
-    assert one["rollout"].bytes < two["rollout"].bytes < 2 * one["rollout"].bytes
+    assert one["decoding"].bytes < two["decoding"].bytes < 2 * one["decoding"].bytes
     four = costs.ppo_iteration(CFG, CFG, 8, 32, 16, 4)
     assert four["update"].flops == pytest.approx(4 * one["update"].flops)
 
