@@ -132,7 +132,11 @@ class Checkpoints:
             enable_async_checkpointing=True,
             step_prefix="step",
         )
-        self._manager = ocp.CheckpointManager(self.path, options=options)
+        # told, for else Orbax takes it from the newest folder, be that one damaged
+        handler = ocp.StandardCheckpointHandler()
+        self._manager = ocp.CheckpointManager(
+            self.path, options=options, item_handlers=handler
+        )
 
     def save(self, step: int, state: Any) -> None:
         """Copies the state off the devices and writes it in background."""

@@ -115,7 +115,17 @@ def flip_a_bit(folder):
     largest.write_bytes(content)
 
 
-DAMAGES = [truncate, overwrite, remove_data, remove_metadata]
+def remove_item(folder):
+    """What an interrupted copy of a run or of its removal leaves."""
+    shutil.rmtree(folder / "default")
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGES = [truncate, overwrite, remove_data, remove_metadata, remove_item, empty]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
