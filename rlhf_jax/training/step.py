@@ -1,6 +1,7 @@
 """One train step for every stage: a loss and an optimizer composed into an update."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,8 +47,9 @@ def accumulate_gradients(
         num_microbatches: M; B must be divisible by it. Part m holds the rows m, m + M,
             ...: a batch that is sharded over devices stays on them.
         mesh: of devices that hold all parameters each, see `replicas`: every device
-            adds up its own rows and the sums meet once, after all loops, where the rows
-            can be dealt evenly. The loss must not draw by `key`. None leaves it to XLA.
+            adds up its own rows, in no more parts than it has, and the sums meet once,
+            after all loops, where the rows can be dealt evenly. The loss must not draw
+            by `key`. None leaves it to XLA.
 
     Returns:
         ((loss, extras), gradient).
@@ -58,16 +60,17 @@ def accumulate_gradients(
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     M = num_microbatches
     num_rows = jax.tree.leaves(batch)[0].shape[0]
-    if mesh is not None and num_rows % (mesh.size * M) == 0:
-        local = functools.partial(accumulate_gradients, loss_fn, num_microbatches=M)
-        return _on_each_device(local, params, batch, key, mesh)
-    if num_microbatches == 1:
-        return grad_fn(params, batch, jax.random.fold_in(key, 0))
     if num_rows % M:
         raise ValueError(
             f"a batch of {num_rows} rows cannot be cut into {M} microbatches; "
             "choose a divisor"
         )
+    if mesh is not None and num_rows % mesh.size == 0:
+        parts = math.gcd(M, num_rows // mesh.size)
+        local = functools.partial(accumulate_gradients, loss_fn, num_microbatches=parts)
+        return _on_each_device(local, params, batch, key, mesh)
+    if M == 1:
+        return grad_fn(params, batch, jax.random.fold_in(key, 0))
 
     def part(carry, part_and_index):
         rows, index = part_and_index

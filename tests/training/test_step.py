@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import some_devices
 
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.state import init_state
@@ -93,6 +94,28 @@ def test_the_gradient_is_that_of_the_whole_batch():
     np.testing.assert_allclose(loss, total, rtol=1e-5)
     np.testing.assert_allclose(grads["embed"], slope, rtol=1e-5)
     np.testing.assert_allclose(grads["b"], offset, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("num_microbatches", "rows_a_part"), [(2, 4), (8, 1), (32, 1)])
+def test_replicas_cut_no_further_than_a_row_a_device(num_microbatches, rows_a_part):
+    """More parts than rows would be filled up, and computed, on every device."""
+    mesh, params, batch = some_devices(4, 1), make_params(), make_batch(32)
+    seen = []
+
+    def loss_fn(params, batch, key):
+        seen.append(batch["x"].shape[0])
+        return squared_error(params, batch, key)
+
+    (loss, extras), grads = accumulate_gradients(
+        loss_fn, params, batch, jax.random.key(0), num_microbatches, mesh
+    )
+    assert set(seen) == {rows_a_part}
+    (expected, told), other = accumulate_gradients(
+        squared_error, params, batch, jax.random.key(0)
+    )
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_array_equal(extras["errors"], told["errors"])
+    np.testing.assert_allclose(grads["embed"], other["embed"], rtol=1e-5)
 
 
 def test_a_batch_that_cannot_be_cut_is_refused():
