@@ -1,5 +1,6 @@
 """How well scores predict rankings, beside length alone and the labelers themselves."""
 
+import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
@@ -10,8 +11,8 @@ import numpy as np
 from rlhf_jax.data.sources import Ranking
 from rlhf_jax.evaluation.statistics import (
     Estimate,
-    mean_estimate,
-    paired_difference,
+    rate_difference,
+    rate_estimate,
 )
 
 Scored = tuple[Sequence[Ranking], Sequence[np.ndarray], np.ndarray]
@@ -52,7 +53,7 @@ class Pairs:
         if self.margin.size == 0:
             return None
         right, longer = _right(self.margin), _right(self.longer)
-        return paired_difference(right, longer, clusters=self.prompt)
+        return rate_difference(right, longer, clusters=self.prompt)
 
 
 def _numbers(items: Iterable[Hashable]) -> np.ndarray:
@@ -68,7 +69,7 @@ def _share(
         margin, prompt = margin[keep], prompt[keep]
     if margin.size == 0:
         return None
-    return mean_estimate(_right(margin), clusters=prompt)
+    return rate_estimate(_right(margin), clusters=prompt)
 
 
 def _right(margin: np.ndarray) -> np.ndarray:
@@ -85,7 +86,7 @@ def labeler_agreement(
     those on which they are held against each other.
 
     Args:
-        rankings: of the same prompts and responses by several labelers.
+        rankings: of the same prompts and responses, in any order, by several labelers.
         scores: of each ranking's responses, [K].
 
     Returns:
@@ -94,8 +95,14 @@ def labeler_agreement(
     """
     groups: dict[Any, list[tuple[Ranking, np.ndarray]]] = defaultdict(list)
     for ranking, values in zip(rankings, scores, strict=True):
-        if ranking.labeler is not None:
-            groups[ranking.prompt, ranking.responses].append((ranking, values))
+        if ranking.labeler is None:
+            continue
+        # in one order, whichever each labeler was shown or a comparison puts first
+        order = sorted(range(len(values)), key=ranking.responses.__getitem__)
+        responses = tuple(ranking.responses[k] for k in order)
+        ranks = tuple(ranking.ranks[k] for k in order)
+        told = dataclasses.replace(ranking, responses=responses, ranks=ranks)
+        groups[ranking.prompt, responses].append((told, np.asarray(values)[order]))
     agree: list[float] = []
     right: list[float] = []
     prompts: list[str] = []
@@ -114,8 +121,8 @@ def labeler_agreement(
     if not agree:
         return None
     clusters = _numbers(prompts)
-    gap = paired_difference(right, agree, clusters=clusters)
-    return mean_estimate(agree, clusters=clusters), gap
+    gap = rate_difference(right, agree, clusters=clusters)
+    return rate_estimate(agree, clusters=clusters), gap
 
 
 def ranking_report(
@@ -156,6 +163,7 @@ def ranking_report(
     asked = {
         "train_labelers": "held_out_prompts",
         "held_out_labelers": "held_out_labelers",
+        "test": "test",
     }
     agreement, minus_agreement = {}, {}
     for name, part in asked.items():

@@ -26,10 +26,10 @@ def reward_model_section(document: Document) -> str:
         return cell(document, REWARD_MODEL_EVALUATION, "%", *path)
 
     splits = {
-        "train": ("training prompts", None),
+        "train": ("training prompts", ""),
         "held_out_prompts": ("held-out prompts", "train_labelers"),
         "held_out_labelers": ("held-out labelers", "held_out_labelers"),
-        "test": ("test files", None),
+        "test": ("test files", "test"),
     }
     measured = document.get("accuracy") or {}
     rows = [
@@ -37,7 +37,7 @@ def reward_model_section(document: Document) -> str:
             title,
             percent("accuracy", split),
             percent("length_baseline", split),
-            percent("agreement", labelers) if labelers else NOT_MEASURED,
+            percent("agreement", labelers),
         )
         for split, (title, labelers) in splits.items()
         if measured.get(split) is not None

@@ -8,9 +8,8 @@ import numpy as np
 from rlhf_jax.data import simulation
 from rlhf_jax.evaluation.statistics import (
     mean_estimate,
-    paired_difference,
-    preference_rate,
     rate_difference,
+    rate_estimate,
 )
 from rlhf_jax.stages.common import Context
 
@@ -73,17 +72,15 @@ def summarize(
 ) -> dict[str, Any]:
     """Estimates with intervals, clustered by prompt, as the report reads them."""
 
-    def estimate(values: Any, shares: bool = False) -> Any:
-        """Of [samples][prompts] values; a share may be NaN, and is None if all are."""
-        table = np.asarray(values, np.float64)
-        clusters = np.tile(np.arange(table.shape[1]), table.shape[0])
-        flat = table.reshape(-1)
-        given = ~np.isnan(flat) | (not shares)
-        if not given.any():
-            return None
-        one_each = table.shape[0] == 1
-        groups = None if one_each else clusters[given]
-        return mean_estimate(flat[given], groups, shares=shares).to_json()
+    def estimate(values: Any) -> Any:
+        """Of [samples][prompts] values, any of them in one unit."""
+        return mean_estimate(np.mean(values, axis=0)).to_json()
+
+    def rate(values: np.ndarray) -> Any:
+        """Of [samples, prompts] values in [0, 1]; a prompt may have none, NaN."""
+        means = values.mean(axis=0)
+        given = ~np.isnan(means)
+        return rate_estimate(means[given]).to_json() if given.any() else None
 
     models = {}
     for name, model in results.items():
@@ -91,9 +88,7 @@ def summarize(
         models[name] = {
             "gold_score": estimate(model["gold"]) if model["gold"] else None,
             "reward": estimate(model["rewards"]),
-            "win_rate_vs_sft": preference_rate(
-                (preferences.mean(axis=(0, 2)) + 1.0) / 2.0
-            ).to_json(),
+            "win_rate_vs_sft": rate((preferences.mean(axis=2) + 1.0) / 2.0),
             "wins": float(np.mean(preferences > 0)),
             "ties": float(np.mean(preferences == 0)),
             "losses": float(np.mean(preferences < 0)),
@@ -101,18 +96,18 @@ def summarize(
             if model["kl"][0] is None
             else estimate(model["kl"]),
             "response_length": estimate(model["lengths"]),
-            "eos_rate": estimate(np.asarray(model["ended"], float), shares=True),
+            "eos_rate": rate(np.asarray(model["ended"], float)),
             "pretrain_loss": mean_estimate(model["pretrain_losses"]).to_json(),
             "metadata": None
             if not model["labels"]
-            else {x: estimate(_labels(model, x), shares=True) for x in METADATA},
+            else {x: rate(_labels(model, x)) for x in METADATA},
         }
 
     def difference(key: str, a: str, b: str) -> Any:
         x, y = np.asarray(results[a][key]), np.asarray(results[b][key])
         if x.ndim == 2:
             x, y = x.mean(0), y.mean(0)
-        return paired_difference(x, y).to_json()
+        return mean_estimate(x - y).to_json()
 
     pairs = DIFFERENCES["gold_score"]
     differences = {

@@ -1,11 +1,12 @@
 """The reward model beside labelers and length: the same pairs on both sides."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
-from rlhf_jax.data.records import Ranking
+from rlhf_jax.data.records import Ranking, parse_comparison
 from rlhf_jax.evaluation.rankings import Pairs, labeler_agreement, ranking_report
 
 
@@ -85,11 +86,52 @@ def test_accuracy_minus_length_is_taken_pair_by_pair():
     assert gap.mean == pytest.approx((1.0 - 0.5) / 2)
 
 
-def test_one_pair_bounds_nothing_even_where_the_gap_is_0():
-    rankings = [ranking("a", 1, 2), ranking("b", 1, 2)]
-    found = labeler_agreement(rankings, [np.array([1.0, 0.0])] * 2)
+@pytest.mark.parametrize("agree", [True, False])
+def test_few_pairs_decide_nothing(agree: bool):
+    """Two prompts on which all are alike: no width would let any claim hold."""
+    ranks = (1, 2) if agree else (2, 1)
+    rankings = [
+        ranking(name, *order, prompt=prompt)
+        for prompt in "pq"
+        for name, order in (("a", (1, 2)), ("b", ranks))
+    ]
+    found = labeler_agreement(rankings, [np.array([1.0, 0.0])] * 4)
+    assert found is not None and found[0].mean == agree
+    assert found[1].high - found[1].low > 0.5
+    right = Pairs((rankings[:1] * 2, [np.array([1.0, 0.0])] * 2, np.array([1, 2] * 2)))
+    gap = right.minus_length_baseline()
+    assert gap is not None and gap.mean == 1.0 and gap.low < 0.5
+
+
+def test_labelers_who_saw_the_responses_in_another_order_agree_as_much():
+    rng = np.random.default_rng(2)
+    rankings, shuffled, scores, moved = [], [], [], []
+    for prompt, name in itertools.product("pqrstu", "ab"):
+        ranks, values = rng.integers(1, 5, 4), rng.normal(size=4)
+        row = ranking(name, *map(int, ranks), prompt=prompt)
+        order = rng.permutation(4)
+        rankings.append(row)
+        scores.append(values)
+        shuffled.append(
+            dataclasses.replace(
+                row,
+                responses=tuple(row.responses[k] for k in order),
+                ranks=tuple(row.ranks[k] for k in order),
+            )
+        )
+        moved.append(values[order])
+    assert labeler_agreement(rankings, scores) == labeler_agreement(shuffled, moved)
+
+
+def test_labelers_who_prefer_the_other_response_of_a_comparison_disagree():
+    """A comparison puts the chosen response first, whichever that is."""
+    fields = {"prompt": "p", "chosen": "x", "rejected": "y", "labeler": "a"}
+    other = fields | {"chosen": "y", "rejected": "x", "labeler": "b"}
+    rankings = [parse_comparison(row, "here") for row in (fields, other)]
+    found = labeler_agreement(rankings, [np.array([1.0, 0.0]), np.array([0.0, 1.0])])
     assert found is not None
-    assert (found[1].mean, found[1].low, found[1].high) == (0.0, -np.inf, np.inf)
+    assert (found[0].mean, found[0].n) == (0.0, 1)
+    assert found[1].mean == 0.5  # right for one of the two
 
 
 def test_pairs_of_one_prompt_are_one_trial_whatever_was_ranked():
@@ -127,7 +169,11 @@ def test_a_prompt_that_two_splits_hold_is_one_trial():
     ],
 )
 def test_held_out_labelers_ranked_nothing_else_at_all(known, name):
-    parts = {"train": scored(ranking("a", 1, 2)), "test": scored(ranking("c", 1, 2))}
+    parts = {
+        "train": scored(ranking("a", 1, 2)),
+        "test": scored(ranking("c", 1, 2), ranking("d", 1, 2)),
+    }
     parts["held_out_prompts"] = scored(ranking("a", 1, 2, prompt="q"))
     report = ranking_report(parts, {}, known)
     assert set(report["accuracy"]) == {"train", "held_out_prompts", name}
+    assert report["agreement"][name]["mean"] == 1.0  # of c and d

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -8,11 +9,8 @@ from rlhf_jax.evaluation.statistics import (
     Estimate,
     format_estimate,
     mean_estimate,
-    paired_difference,
-    preference_rate,
     rate_difference,
     rate_estimate,
-    win_rate,
 )
 
 
@@ -55,38 +53,15 @@ def test_one_value_bounds_nothing_and_survives_strict_json():
     assert "no interval" in format_estimate(estimate)
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_a_constant_rate_keeps_a_width(value: float):
-    alone = mean_estimate(np.full(20, value))
-    assert alone.mean == value
-    assert alone.high - alone.low > 0.1
-    # Four prompts of five equal responses are worth four trials, not twenty.
-    clustered = mean_estimate(np.full(20, value), np.repeat(np.arange(4), 5))
-    assert clustered == rate_estimate(int(4 * value), 4)
-
-
-def test_a_quantity_that_is_exactly_0_is_no_rate():
-    estimate = mean_estimate(np.zeros(6), [0, 0, 1, 1, 2, 2], shares=False)
+def test_a_constant_mean_has_no_width_and_a_constant_rate_has():
+    estimate = mean_estimate(np.zeros(6), [0, 0, 1, 1, 2, 2])
     assert (estimate.low, estimate.mean, estimate.high) == (0.0, 0.0, 0.0)
+    assert rate_estimate(np.zeros(6), [0, 0, 1, 1, 2, 2]).high > 0.3
 
 
-def test_wilson_interval_at_hand_made_values():
-    # No successes in n: the upper end is z^2 / (n + z^2).
+def test_rate_of_zeros_and_ones_is_agresti_coull():
     z2 = 1.959964**2
-    nothing = rate_estimate(0, 10)
-    assert nothing.low == 0.0
-    assert nothing.high == pytest.approx(z2 / (10 + z2), rel=1e-6)
-    everything = rate_estimate(10, 10)
-    assert everything.high == 1.0
-    assert everything.low == pytest.approx(1 - nothing.high)
-    # The ends solve (p - q)^2 = z^2 q (1 - q) / n.
-    for end in (rate_estimate(7, 25).low, rate_estimate(7, 25).high):
-        assert (7 / 25 - end) ** 2 == pytest.approx(z2 * end * (1 - end) / 25, rel=1e-6)
-
-
-def test_preference_rate_of_zeros_and_ones_is_agresti_coull():
-    z2 = 1.959964**2
-    estimate = preference_rate([1, 1, 1, 0, 0, 1, 1, 1, 0, 1])
+    estimate = rate_estimate([1, 1, 1, 0, 0, 1, 1, 1, 0, 1])
     centre = (7 + z2 / 2) / (10 + z2)
     half = math.sqrt(z2 * centre * (1 - centre) / (10 + z2))
     assert estimate.mean == pytest.approx(0.7)
@@ -96,52 +71,56 @@ def test_preference_rate_of_zeros_and_ones_is_agresti_coull():
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_equal_preferences_keep_a_width_inside_the_unit_interval(value: float):
-    few, many = preference_rate([value] * 10), preference_rate([value] * 1000)
+    few, many = rate_estimate([value] * 10), rate_estimate([value] * 1000)
     for estimate in (few, many):
         assert 0.0 <= estimate.low <= value <= estimate.high <= 1.0
     assert few.high - few.low > many.high - many.low > 0
 
 
-def test_win_rate_counts_ties_within_the_margin_as_half():
-    ours, theirs = [1.0, 2.0, 3.0, 0.0], [0.0, 1.9, 3.0, 2.0]
-    rate, wins, ties, losses = win_rate(ours, theirs, tie=0.2)
-    assert (wins, ties, losses) == (0.25, 0.5, 0.25)
-    assert rate.mean == 0.5
-    assert win_rate(ours, theirs)[1:] == (0.5, 0.25, 0.25)
+@pytest.mark.parametrize(
+    "rate", [rate_estimate, lambda x, c=None: rate_difference(x, 1 - x, c)]
+)
+def test_samples_of_one_prompt_are_one_trial_of_their_mean(rate):
+    """Clusters of one size: only their means matter, and repeating adds nothing."""
+    values = np.random.default_rng(2).integers(0, 2, (12, 3)).astype(float)
+    clustered = rate(values.reshape(-1), np.repeat(np.arange(12), 3))
+    of_means = rate(values.mean(axis=1))
+    repeated = rate(np.repeat(values.mean(axis=1), 5), np.repeat(np.arange(12), 5))
+    for estimate in (clustered, repeated):
+        assert estimate.n == of_means.n == 12
+        assert dataclasses.astuple(estimate) == pytest.approx(
+            dataclasses.astuple(of_means)
+        )
 
 
-def test_win_rate_of_the_other_side_is_the_complement():
-    rng = np.random.default_rng(2)
-    ours, theirs = rng.integers(0, 4, 30), rng.integers(0, 3, 30)
-    forward, wins, ties, losses = win_rate(ours, theirs)
-    backward = win_rate(theirs, ours)
-    assert backward[1:] == (losses, ties, wins)
-    flipped = forward.complement()
-    assert backward[0].mean == pytest.approx(flipped.mean)
-    assert backward[0].low == pytest.approx(flipped.low)
-    assert backward[0].high == pytest.approx(flipped.high)
-
-
-def test_several_samples_of_one_prompt_are_one_trial():
-    ours = np.array([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
-    rate, wins, _, losses = win_rate(ours, np.full((3, 2), 0.5))
-    assert rate.n == 3
-    assert rate == preference_rate([1.0, 0.0, 0.5])
-    assert (wins, losses) == (0.5, 0.5)
-
-
-def test_paired_difference_cancels_what_the_pairs_share():
+def test_clusters_of_any_size_by_the_formula():
+    """Oracle: a loop over the clusters, those added written out as values."""
     rng = np.random.default_rng(3)
-    shared = rng.normal(scale=100.0, size=40)
-    noise = rng.normal(scale=0.1, size=40)
-    estimate = paired_difference(shared + 1.0 + noise, shared)
-    assert estimate.low < 1.0 < estimate.high
-    assert estimate.high - estimate.low < 0.1
+    sizes, z = rng.integers(1, 9, 30), 1.959964
+    index = np.repeat(np.arange(30), sizes)
+    x = np.clip(rng.random(30)[index] + rng.normal(size=index.size), 0, 1)
+    size = index.size / 30
+    groups = [(x[index == g], 1.0) for g in range(30)]
+    groups += [(np.array([v]), z**2 / 2 * size) for v in (0.0, 1.0)]
+    total = index.size + z**2 * size
+    centre = sum(w * g.sum() for g, w in groups) / total
+    squares = sum((g - centre).sum() ** 2 for g, _ in groups[:30])
+    squares += z**2 / 2 * size**2 * (centre**2 + (1 - centre) ** 2)
+    estimate = rate_estimate(x, index)
+    assert estimate.mean == pytest.approx(x.mean())
+    assert estimate.low == pytest.approx(centre - z * squares**0.5 / total)
+    assert estimate.high == pytest.approx(centre + z * squares**0.5 / total)
 
 
-def test_differences_of_zero_and_one_are_not_taken_for_a_rate():
-    # Were they a rate, the interval could not reach below zero.
-    assert paired_difference([1, 0, 0, 0], [0, 0, 0, 0]).low < 0
+def test_an_event_more_never_lowers_what_the_rate_may_be():
+    """Of 600 prompts with two samples each, none, one or two with the event."""
+    index, highs = np.repeat(np.arange(600), 2), []
+    for events in range(4):
+        x = np.zeros(1200)
+        x[: 2 * events : 2] = 1.0
+        highs.append(rate_estimate(x, index).high)
+    assert highs == sorted(highs)
+    assert highs[0] < 0.01
 
 
 def coverage(draw, interval, truth: float, trials: int = 1500) -> float:
@@ -157,16 +136,47 @@ def test_t_interval_covers_the_mean_of_a_small_sample():
 
 def test_rate_interval_covers_a_rare_event():
     share = coverage(
-        lambda rng: int(rng.binomial(60, 0.05)), lambda k: rate_estimate(k, 60), 0.05
+        lambda rng: (rng.random(60) < 0.05).astype(float), rate_estimate, 0.05
     )
     assert 0.92 < share < 0.99
+
+
+@pytest.mark.parametrize("truth", [0.0025, 0.02, 0.3])
+def test_rate_interval_covers_with_samples_of_one_prompt_alike_or_not(truth: float):
+    """600 prompts; the second sample repeats the first for half of them."""
+    index = np.repeat(np.arange(600), 2)
+
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        x = (rng.random((600, 2)) < truth).astype(float)
+        x[:300, 1] = x[:300, 0]
+        return x.reshape(-1)
+
+    share = coverage(draw, lambda x: rate_estimate(x, index), truth)
+    assert 0.93 < share < 0.99
+
+
+def test_a_clustered_difference_covers_and_does_not_decide_by_two_prompts():
+    index = np.repeat(np.arange(40), 6)
+
+    def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        ease = np.clip(rng.normal(0, 0.1, 40), -0.2, 0.2)[index]
+        return rng.random(240) < 0.7 + ease, rng.random(240) < 0.6 - ease
+
+    def interval(x):
+        return rate_difference(x[0].astype(float), x[1].astype(float), index)
+
+    assert 0.92 < coverage(draw, interval, 0.1) < 0.985
+    two = rate_difference([1.0, 1.0], [0.0, 0.0], [0, 1])
+    assert two.low < 0.5
+    assert two.high == 1.0
+    assert rate_difference([1.0, 1.0], [1.0, 1.0], [0, 1]).low < 0.0
 
 
 @pytest.mark.parametrize("chances", [(0.1, 0.2, 0.7), (0.02, 0.9, 0.08)])
 def test_preference_interval_covers_with_ties(chances: tuple[float, float, float]):
     truth = 0.5 * chances[1] + chances[2]
     share = coverage(
-        lambda rng: rng.choice([0.0, 0.5, 1.0], 50, p=chances), preference_rate, truth
+        lambda rng: rng.choice([0.0, 0.5, 1.0], 50, p=chances), rate_estimate, truth
     )
     assert 0.92 < share < 0.999
 
@@ -188,7 +198,7 @@ def test_interval_of_a_rate_difference_covers_and_gains_by_what_prompts_share(bo
     a, b = draw(np.random.default_rng(0))
     paired = rate_difference(a, b)
     assert paired.mean == pytest.approx(np.mean(a) - np.mean(b))
-    alone = [preference_rate(x) for x in (a, b)]
+    alone = [rate_estimate(x) for x in (a, b)]
     apart = math.hypot(*(x.high - x.low for x in alone))  # as if independent
     if both:
         assert paired.high - paired.low < 0.8 * apart
@@ -227,11 +237,9 @@ def test_format_states_percent_and_interval():
         (lambda: mean_estimate([]), "non-empty"),
         (lambda: mean_estimate([1.0, math.nan]), "value 1 of 2 is nan"),
         (lambda: mean_estimate([1.0, 2.0], [0]), "clusters of shape"),
-        (lambda: rate_estimate(3, 2), "3 of 2"),
-        (lambda: preference_rate([0.5, 1.5]), "win_rate"),
+        (lambda: rate_estimate([0.5, 1.5]), "must lie in"),
         (lambda: rate_difference([0.5, 1.5], [0.0, 1.0]), "must lie in"),
-        (lambda: win_rate([1.0], [1.0, 2.0]), "one shape"),
-        (lambda: paired_difference([math.inf], [1.0]), "not finite"),
+        (lambda: rate_difference([1.0], [1.0, 0.0]), "pairs of 1 and 2"),
         (lambda: Estimate(2.0, 0.0, 1.0, 3), "inside its interval"),
         (lambda: Estimate(0.5, 0.0, 1.0, 0), "n >= 1"),
         (lambda: Estimate.from_json({"mean": 1, "n": 2}), "lacks low, high"),
