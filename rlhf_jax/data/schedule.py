@@ -15,6 +15,15 @@ Shard = tuple[int, int]
 BatchT = TypeVar("BatchT")
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """Indices of at most so many of `count` things in order, spread over all of them.
+
+    The first would be those of the first file or document, where there are several.
+    """
+    kept = min(count, most)
+    return [i * count // kept for i in range(kept)]
+
+
 class Batches(Generic[BatchT]):
     """Batches by step: `batches(step)` gives this process's rows, and nothing else.
 

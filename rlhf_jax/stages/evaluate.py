@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf_jax.data.schedule import evenly
 from rlhf_jax.data.sources import DataError
 from rlhf_jax.data.widths import fitted_width
 from rlhf_jax.nn.sampling import Sampling
@@ -91,8 +92,9 @@ def run(cfg: EvaluateConfig, ctx: Context) -> None:
     reference = load_model(parents["sft_rl"], ctx.mesh, "language_model")
     check_compatible("reward_model", reward, "sft_rl", reference)
     records = ctx.inputs.read("eval_prompts", "test")
-    prompts = list(dict.fromkeys(records[i].prompt for i in range(len(records))))
-    prompts = fitting(prompts, reference, cfg.prompt_len)[: cfg.num_prompts]
+    prompts = list(dict.fromkeys(record.prompt for record in records))
+    prompts = fitting(prompts, reference, cfg.prompt_len)
+    prompts = [prompts[i] for i in evenly(len(prompts), cfg.num_prompts)]
     if not prompts:
         raise DataError(f"no held-out prompt has at most {cfg.prompt_len} tokens")
     measure = Measurer(reference, reward, prompts, cfg, ctx)
@@ -226,12 +228,12 @@ class Measurer:
     def _pretrain_losses(self, params: Any) -> list[float]:
         """Held-out pre-training loss of each batch, in nats per token.
 
-        A last batch that is not full would count as much as the others: it is left
-        out, unless it is the only one.
+        The batches are spread evenly over the text. A last batch that is not full would
+        count as much as the others: it is left out, unless it is the only one.
         """
         losses = []
         whole = max(1, self._text.num_examples // heldout_rows())
-        for step in range(min(self._cfg.text_batches, whole)):
+        for step in evenly(whole, self._cfg.text_batches):
             batch = pad_rows(self._text(step), num_local_shards(self._ctx.mesh))
             batch = shard_batch(self._ctx.mesh, batch)
             total, count = self._sums(params, batch)

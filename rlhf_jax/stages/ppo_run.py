@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data.batches import TokenBatch, prompt_batches
+from rlhf_jax.data.schedule import evenly
 from rlhf_jax.data.widths import advise_width
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.heads import init_scalar_head
@@ -62,8 +63,7 @@ def make_inputs(
 ) -> tuple[Any, int]:
     """Step -> this process's rows of `PPOInputs`, and how many prompts are too long."""
     records = ctx.inputs.read("ppo_prompts", "train")
-    texts = [records[i].prompt for i in range(len(records))]
-    lengths = prompt_lengths(texts, reference)
+    lengths = prompt_lengths([record.prompt for record in records], reference)
     advice = advise_width(lengths, cfg.prompt_len, f"{name}.prompt_len")
     if advice and jax.process_index() == 0:
         print(f"{name}: {advice}", file=sys.stderr)
@@ -236,8 +236,8 @@ def make_evaluate(
 ) -> Any:
     """Returns `(state, step) -> metrics` on held-out prompts; keeps samples to read."""
     records = ctx.inputs.read("eval_prompts", "test")
-    prompts = [records[i].prompt for i in range(len(records))]
-    prompts = fitting(prompts, reference, cfg.prompt_len)[: cfg.eval_prompts]
+    prompts = fitting([r.prompt for r in records], reference, cfg.prompt_len)
+    prompts = [prompts[i] for i in evenly(len(prompts), cfg.eval_prompts)]
     sampler = Sampler(reference, cfg.sampling, cfg.prompt_len, cfg.eval_prompts, ctx)
     rows = heldout_rows()
     text = corpus_batches(ctx, reference.tokenizer, "valid", rows, cfg.ptx_len, None)

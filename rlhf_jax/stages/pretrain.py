@@ -13,6 +13,7 @@ import numpy as np
 from rlhf_jax.data.batches import Batches, TokenBatch, packed_batches
 from rlhf_jax.data.inputs import cache_dir
 from rlhf_jax.data.prompts import PromptFormat
+from rlhf_jax.data.schedule import evenly
 from rlhf_jax.data.tokenizer import Tokenizer, train_tokenizer
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.devices import sum_over_devices
@@ -66,7 +67,8 @@ class PretrainConfig:
     """Keep attention within each of the packed documents, in this stage and all later
     ones. GPT-3 did not; small models learn to read a prompt much sooner with it."""
     num_microbatches: int = 1
-    """Sequential parts of each batch, to save memory."""
+    """Sequential parts of each batch, to save memory; replicas cut no further than a
+    row a device, with fsdp parts of fewer rows than devices cost time."""
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=6e-4, warmup_steps=700, weight_decay=0.1
     )
@@ -122,12 +124,15 @@ def make_heldout_loss(
     mesh: jax.sharding.Mesh,
     max_batches: int | None = None,
 ) -> Callable[[Any], float]:
-    """Returns `params -> mean loss, nats per token` over held-out batches in order."""
+    """Returns `params -> mean loss, nats per token` over held-out batches.
+
+    Of more than `max_batches` those that are spread evenly over all.
+    """
     sums = jit_measure(sum_logprobs, mesh, model=model)
     count = batches.steps_per_epoch
-    count = count if max_batches is None else min(count, max_batches)
+    steps = evenly(count, count if max_batches is None else max_batches)
     shards = num_local_shards(mesh)
-    kept = [pad_rows(batches(step), shards) for step in range(count)]
+    kept = [pad_rows(batches(step), shards) for step in steps]
 
     def heldout_loss(params: Any) -> float:
         totals = [sums(params, shard_batch(mesh, batch)) for batch in kept]

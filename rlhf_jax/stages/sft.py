@@ -267,34 +267,32 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
     )
 
 
-def select(cfg: SFTConfig, ctx: Context, sampling: Sampling, name: str = "sft") -> None:
-    """Chooses the epoch of RUN/`name` by the reward of its samples, as InstructGPT did.
+def select(cfg: SFTConfig, ctx: Context, sampling: Sampling) -> None:
+    """Chooses the epoch of RUN/sft by the reward of its samples, as InstructGPT did.
 
     Samples a response to each validation prompt from the parameters of every epoch,
-    scores them by RUN/reward_model, and writes the best epoch to RUN/`name`/selected.
+    scores them by RUN/reward_model, and writes the best epoch to RUN/sft_selected.
 
     Args:
         cfg: of the SFT stage.
         ctx: the run.
         sampling: contract of the samples.
-        name: SFT stage to choose from.
 
     Source: Ouyang et al. 2022, section 3.5 and appendix C.1.
     """
-    stage = ctx.stage(f"{name}_selected")
-    parents = {name: ctx.stage(name), "reward_model": ctx.stage("reward_model")}
+    stage = ctx.stage("sft_selected")
+    parents = {"sft": ctx.stage("sft"), "reward_model": ctx.stage("reward_model")}
     sources = ctx.inputs.fingerprint(("demonstrations", "valid"))
     made_by = {"evaluate.sampling": sampling, "seed": ctx.seed}
     stage.open("sft_selected", made_by, sources, parents)
     if stage.done:
         return
-    model = load_model(parents[name], ctx.mesh, "language_model")
+    model = load_model(parents["sft"], ctx.mesh, "language_model")
     reward = load_model(parents["reward_model"], ctx.mesh, "reward_model")
-    check_compatible(name, model, "reward_model", reward)
+    check_compatible("sft", model, "reward_model", reward)
     records = ctx.inputs.read("demonstrations", "valid")
     prompt_len = min(model.cfg.max_len, cfg.seq_len) - sampling.response_len
-    prompts = [records[i].prompt for i in range(len(records))]
-    prompts = fitting(prompts, model, prompt_len)
+    prompts = fitting([record.prompt for record in records], model, prompt_len)
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
         model.params,
@@ -303,7 +301,7 @@ def select(cfg: SFTConfig, ctx: Context, sampling: Sampling, name: str = "sft") 
     measure = reward_measure(reward, ctx.mesh)
     rewards = {}
     best: tuple[float, Any] | None = None
-    epochs = sorted((parents[name].path / "epochs").iterdir())
+    epochs = sorted((parents["sft"].path / "epochs").iterdir())
     for path in tracked("sft_selected", epochs):
         params = load_params(path, like)
         _, values = sampler.measured(
@@ -313,6 +311,6 @@ def select(cfg: SFTConfig, ctx: Context, sampling: Sampling, name: str = "sft") 
         if best is None or rewards[path.name] > best[0]:
             best = (rewards[path.name], params)
     if best is None:
-        raise RunDirError(f"{parents[name].path}/epochs is empty; run {name} again")
+        raise RunDirError(f"{parents['sft'].path}/epochs is empty; run sft again")
     save_model(stage, dataclasses.replace(model, params=best[1]))
     stage.finish({"reward_by_epoch": rewards, "reward": best[0]})

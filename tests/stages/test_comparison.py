@@ -105,9 +105,13 @@ def test_the_judge_that_is_named_is_the_one_that_judged(tmp_path, held_out):
         np.testing.assert_array_equal(of_ppo[0, :, 0], [1.0, -1.0])
 
 
-@pytest.mark.parametrize(("examples", "counted"), [(8, 1), (5, 1), (17, 2), (40, 3)])
-def test_text_is_measured_by_whole_batches(monkeypatch, examples, counted):
-    """The last one's few tokens would weigh as much as all of another's."""
+@pytest.mark.parametrize(
+    ("examples", "steps"),
+    [(8, [0]), (5, [0]), (17, [0, 1]), (25, [0, 1, 2]), (73, [0, 3, 6])],
+)
+def test_text_is_measured_by_whole_batches_of_all_of_it(monkeypatch, examples, steps):
+    """The last one's few tokens would weigh as much as all of another's, and the first
+    ones would be those of the first document."""
     read = []
     text: Any = lambda step: read.append(step)  # noqa: E731
     measurer = object.__new__(evaluate.Measurer)
@@ -118,8 +122,8 @@ def test_text_is_measured_by_whole_batches(monkeypatch, examples, counted):
     text.num_examples = examples
     for name in ("pad_rows", "shard_batch", "num_local_shards"):
         monkeypatch.setattr(evaluate, name, lambda *_: None)
-    assert measurer._pretrain_losses(None) == [2.0] * counted
-    assert read == list(range(counted))
+    assert measurer._pretrain_losses(None) == [2.0] * len(steps)
+    assert read == steps
 
 
 def test_a_label_that_no_prompt_has_is_no_estimate(results):
@@ -134,7 +138,7 @@ def test_a_label_that_no_prompt_has_is_no_estimate(results):
 
 def test_a_reward_that_is_not_a_number_is_no_missing_one(results):
     results["ppo"]["rewards"][0][3] = float("nan")
-    with pytest.raises(ValueError, match="value 3 of 80 is nan"):
+    with pytest.raises(ValueError, match="value 3 of 40 is nan"):
         summarize(results, PROMPTS, SAMPLES, 1.0, CONTEXT)
 
 

@@ -47,7 +47,8 @@ def look(tmp_path_factory):
         evaluate = make_evaluate(CFG, reference, reward, ctx, "ppo")
     metrics = evaluate(state, 3)  # type: ignore[arg-type]
     sampler = Sampler(reference, CFG.sampling, CFG.prompt_len, CFG.eval_prompts, ctx)
-    kept = PROMPTS[: CFG.eval_prompts]  # all of them fit
+    count = min(len(PROMPTS), CFG.eval_prompts)  # all of them fit
+    kept = [PROMPTS[n * len(PROMPTS) // count] for n in range(count)]
     responses = sampler(policy, kept, ctx.key("ppo/heldout"))
     prompts = [FORM.encode_prompt(LETTERS, p).tolist() for p in kept]
     pairs = [(p, r.ids.tolist()) for p, r in zip(prompts, responses, strict=True)]
