@@ -4,7 +4,8 @@ import dataclasses
 import glob
 import hashlib
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,33 @@ def cache_dir() -> Path:
     """Folder of prepared data and compiled programs: `RLHF_JAX_CACHE` or a default."""
     default = Path.home() / ".cache" / "rlhf_jax"
     return Path(os.environ.get("RLHF_JAX_CACHE", default))
+
+
+def shared_prompts(prompts: Mapping[tuple[str, Split], Set[str]]) -> list[str]:
+    """Says which held-out prompts are trained on too, and so are not held out.
+
+    Args:
+        prompts: of each purpose and split, as far as there are any.
+    """
+    preferences = ("rankings", "comparisons", "ranking_prompts")
+    learned: dict[tuple[str, Split], tuple[str, ...]] = {
+        ("demonstrations", "valid"): ("demonstrations",),
+        ("eval_prompts", "test"): ("demonstrations", *preferences, "ppo_prompts"),
+    }
+    for purpose in preferences:
+        learned[purpose, "valid"] = learned[purpose, "test"] = preferences
+    lines = []
+    for (purpose, split), others in learned.items():
+        held_out = prompts.get((purpose, split), set())
+        for other in others:
+            both = held_out & prompts.get((other, "train"), set())
+            if both:
+                lines.append(
+                    f"{len(both)} of {len(held_out)} prompts of {purpose} ({split}) "
+                    f"are in {other} (train) too: what is measured on them is not "
+                    "held out"
+                )
+    return lines
 
 
 class Inputs:
@@ -164,13 +192,19 @@ class Inputs:
         Raises:
             DataError: naming file, line and field, or what is missing.
         """
+        prompts: dict[tuple[str, Split], set[str]] = {}
         for purpose in _KINDS:
             for split in SPLITS:
                 if (purpose, split) in required or self.has(purpose, split):
                     records = self.read(purpose, split)
-                    if self._tfds(purpose):  # files were checked when prepared
-                        for _ in records:
-                            pass
+                    if purpose == "corpus":
+                        if self._tfds(purpose):  # files were checked when prepared
+                            for _ in records:
+                                pass
+                    else:
+                        prompts[purpose, split] = {record.prompt for record in records}
+        for line in shared_prompts(prompts):
+            print(f"{self.root}: {line}", file=sys.stderr)
 
     def fingerprint(self, *purposes_and_splits: tuple[str, Split]) -> dict[str, str]:
         """Content hash of each source a stage reads, to notice when it changes."""

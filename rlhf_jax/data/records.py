@@ -64,7 +64,8 @@ def read_corpus(path: Path | str) -> Iterator[str]:
         path: `*.txt` or `*.txt.gz`, UTF-8.
 
     Raises:
-        DataError: the file is missing, not UTF-8, a bad gzip, or holds a NUL.
+        DataError: the file is missing, not UTF-8, a bad gzip, or holds a NUL or
+            text beside a separator.
     """
     path = Path(path)
     lines: list[str] = []
@@ -77,6 +78,11 @@ def read_corpus(path: Path | str) -> Iterator[str]:
         if line == SEPARATOR:
             yield from _document(lines)
             lines = []
+        elif line.strip().startswith(SEPARATOR) or line.strip().endswith(SEPARATOR):
+            raise DataError(
+                f"{path}:{number}: field 'text': {SEPARATOR} beside other characters "
+                "would be read as text. Give the separator a line of its own."
+            )
         else:
             lines.append(line)
     yield from _document(lines)

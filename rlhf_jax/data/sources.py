@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data.files import NoFilesError, unfinished_path
@@ -30,6 +30,7 @@ from rlhf_jax.data.records import (
     read_prompts,
     read_rankings,
 )
+from rlhf_jax.data.splits import check_below, find_files
 
 __all__ = [
     "DataError",
@@ -51,57 +52,6 @@ __all__ = [
 
 _SCHEMA = 1  # part of the cache key: raise it when the stored features change
 _BLOCK = 1024  # records read at a time where all are read
-
-
-def find_files(root: Path | str, patterns: Sequence[str], split: Split) -> list[Path]:
-    """Finds the files of one split, sorted by path.
-
-    A file belongs to `valid` or `test` when its stem (without `.gz` and the suffix) is
-    that word or ends in `_valid` or `_test`; every other file belongs to `train`.
-    Hidden files, whose names begin with a dot, are none of them.
-
-    Args:
-        root: Directory that the patterns start from.
-        patterns: Globs relative to `root`.
-        split: The split wanted.
-
-    Raises:
-        NoFilesError: nothing matches; the message lists what is there.
-        DataError: a pattern or a link leaves `root`, or a file is there twice.
-    """
-    if isinstance(patterns, str):
-        raise TypeError(f"patterns must be a tuple of globs, got the text {patterns!r}")
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such directory. Give the directory of the data.")
-    found: set[Path] = set()
-    for pattern in patterns:
-        _check_below(root, pattern)
-        matches = (path for path in root.glob(pattern) if path.is_file())
-        found.update(path for path in matches if not path.name.startswith("."))
-    for path in sorted(found):
-        if path.with_name(f"{path.name}.gz") in found:
-            raise DataError(
-                f"{path}: is there with and without .gz, and would be read twice. "
-                "Remove one of them."
-            )
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise DataError(
-                f"{path}: is a link to {path.resolve()}, outside {root}. "
-                "Copy the file into the data directory."
-            )
-    files = sorted(path for path in found if _split_of(path) == split)
-    if not files:
-        there = sorted(found) or sorted(p for p in root.rglob("*") if p.is_file())
-        names = [str(path.relative_to(root)) for path in there[:12]]
-        more = f" and {len(there) - 12} more" if len(there) > 12 else ""
-        raise NoFilesError(
-            f"{root}: no file of split {split!r} matches {', '.join(patterns)}. "
-            f"There: {', '.join(names) or 'nothing'}{more}. A file's name ends in "
-            "_valid or _test (before the suffix) to belong to that split; every other "
-            "file is train."
-        )
-    return files
 
 
 def load(
@@ -143,7 +93,7 @@ def load(
                 "Use either files or one TFDS dataset."
             )
         name = patterns[0].removeprefix("tfds:")
-        _check_below(root, name)
+        check_below(root, name)
         return Records(builders.find_dataset(Path(root), name, kind, split), kind, name)
 
     files = find_files(root, patterns, split)
@@ -204,24 +154,6 @@ class Records(Sequence[Any]):
         if fields.get("labeler") == "":  # TFDS has no absent text
             del fields["labeler"]
         return PARSERS[self._kind](fields, where)
-
-
-def _check_below(root: Path | str, pattern: str) -> None:
-    parts = PurePath(pattern).parts
-    if not parts or ".." in parts or PurePath(pattern).is_absolute():
-        raise DataError(
-            f"{root}: pattern {pattern!r} is not a path below the data directory. "
-            "Use a glob relative to it, without '..'."
-        )
-
-
-def _split_of(path: Path) -> Split:
-    name = path.name.removesuffix(".gz")
-    stem = name.rpartition(".")[0] or name
-    for split in ("valid", "test"):
-        if stem == split or stem.endswith(f"_{split}"):
-            return split
-    return "train"
 
 
 def _content_key(kind: Kind, split: Split, files: Sequence[Path]) -> str:

@@ -14,6 +14,7 @@ from rlhf_jax.data.sources import DataError, Demonstration
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.common import Context, Model, check_compatible, load_model
 from rlhf_jax.stages.human_rankings import ASKED_SPLITS, check_ranked, take_ranked
+from rlhf_jax.stages.rankings import has_rankings
 from rlhf_jax.stages.sampler import Response, Sampler, fitting
 from rlhf_jax.training.loop import tracked
 from rlhf_jax.training.room import require_room_to_sample
@@ -140,9 +141,7 @@ def run(cfg: CollectConfig, ctx: Context) -> None:
         DataError: where nobody can rank: it says which file to have ranked and how to
             hand it in.
     """
-    ranked = ctx.inputs.has("rankings", "train") or ctx.inputs.has(
-        "comparisons", "train"
-    )
+    ranked = has_rankings(ctx)
     if cfg.ranked is not None and (ranked or ctx.inputs.simulated):
         raise DataError(
             f"{cfg.ranked}: nothing asks for people's rankings here: "
@@ -174,7 +173,7 @@ def run(cfg: CollectConfig, ctx: Context) -> None:
         if path.exists():
             continue
         records = ctx.inputs.read("ranking_prompts", split)
-        prompts = [records[i].prompt for i in range(len(records))]
+        prompts = [record.prompt for record in records]
         prompts = fitting(prompts, models["sft"], cfg.prompt_len)
         if not prompts:
             raise DataError(

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.data.files import read_lines
 from rlhf_jax.data.sources import DataError, Ranking, Split, read_rankings
 from rlhf_jax.training.run_dir import RunDirError, StageDir, file_hash, write_lines
 
@@ -68,7 +69,7 @@ def take_ranked(file: Path | None, path: Path) -> dict[str, Any]:
 def _asked(path: Path) -> Asked:
     """What a file of responses asks to be ranked; a prompt may have several lines."""
     asked: Asked = {}
-    for line in path.read_text().splitlines():
+    for _, line in read_lines(path):
         row = json.loads(line)
         responses = asked.setdefault(row["prompt"], {})
         for response, ended in zip(row["responses"], row["ended"], strict=True):

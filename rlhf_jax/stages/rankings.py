@@ -1,6 +1,7 @@
 """Rankings of a run: reading them, scoring them, and how well scores predict them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -13,12 +14,15 @@ from rlhf_jax.data.ranking_batches import (
     encode_rankings,
     ranking_batches,
 )
+from rlhf_jax.data.records import SPLITS
+from rlhf_jax.data.schedule import evenly
 from rlhf_jax.data.sources import DataError, Demonstration, Ranking, Split, load
 from rlhf_jax.evaluation.rankings import ranking_report
 from rlhf_jax.objectives.ranking import ranking_accuracy
 from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.scoring import response_scores
 from rlhf_jax.training.mesh import fill_shards, jit_measure, shard_whole_batch
+from rlhf_jax.training.run_dir import file_hash
 
 
 class RankingLimits(Protocol):
@@ -91,22 +95,59 @@ class RankingScorer:
         return kept, scores, np.concatenate(lengths)
 
 
+def has_rankings(ctx: Context) -> bool:
+    """Whether the data has rankings to train on, and none are collected.
+
+    Raises:
+        DataError: it has, and the run has collected some: it is not said which count.
+    """
+    given = bool(_purposes(ctx, "train"))
+    collected = _collected(ctx, "train")
+    if given and collected.exists():
+        raise DataError(
+            f"{ctx.inputs.root}: has rankings, and so has {collected}, which were "
+            "collected before. Take one away: the folder of the collected ones (and "
+            "those of later stages), or the rankings and comparisons of the data"
+        )
+    return given
+
+
+def _purposes(ctx: Context, split: Split) -> list[str]:
+    return [x for x in ("rankings", "comparisons") if ctx.inputs.has(x, split)]
+
+
+def _collected(ctx: Context, split: Split) -> Path:
+    return ctx.run / "collect" / f"rankings_{split}.jsonl"
+
+
+def ranking_hashes(ctx: Context) -> dict[str, str]:
+    """Hashes of all that `read_rankings` reads."""
+    hashes = {}
+    for split in SPLITS:
+        collected = _collected(ctx, split)
+        if collected.exists():
+            hashes[collected.name] = file_hash(collected)
+        else:
+            for purpose in _purposes(ctx, split):
+                hashes |= ctx.inputs.fingerprint((purpose, split))
+    return hashes
+
+
 def read_rankings(ctx: Context, split: Split) -> dict[str, list[Ranking]]:
     """The run's rankings by source: collected, or of the data with its comparisons.
 
     Returns:
         File name (or purpose, for a TFDS data set) -> rankings; comparisons have K = 2.
     """
-    collected = ctx.run / "collect" / f"rankings_{split}.jsonl"
+    collected = _collected(ctx, split)
     if collected.exists():
         folder, cache = collected.parent, cache_dir() / "data"
         records = load("rankings", folder, (collected.name,), split, cache)
         return {collected.name: list(records)}
     sources = {}
-    for purpose in ("rankings", "comparisons"):
-        if ctx.inputs.has(purpose, split):
-            for name, records in ctx.inputs.read_by_file(purpose, split).items():
-                sources[name] = list(records)
+    for purpose in _purposes(ctx, split):
+        for name, records in ctx.inputs.read_by_file(purpose, split).items():
+            sources[name] = list(records)
     return sources
 
 
@@ -164,7 +205,8 @@ def evaluate_rankings(
         for file, records in read_rankings(ctx, split).items():
             if split != "test":
                 known |= {ranking.labeler for ranking in records}
-            records = records[:128] if split == "train" else records
+            if split == "train":
+                records = [records[i] for i in evenly(len(records), 128)]
             kept, scores, lengths = scorer(params, records)
             if not kept:
                 print(f"{file}: no ranking fits the reward model; left out")

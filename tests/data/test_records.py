@@ -168,10 +168,10 @@ def test_text_keeps_every_character(tmp_path):
 
 def test_corpus_documents_are_separated_by_the_line(tmp_path):
     text = (
-        "one\ntwo\n\n<|endoftext|>\n <|endoftext|>\n"
+        "one\ntwo\n\n<|endoftext|>\nIt is <|endoftext|>.\n"
         "<|endoftext|>\n\n \n<|endoftext|>\r\nlast\r\nline\n"
     )
-    expected = ["one\ntwo\n", " <|endoftext|>", "last\nline"]
+    expected = ["one\ntwo\n", "It is <|endoftext|>.", "last\nline"]
     plain, packed = tmp_path / "a.txt", tmp_path / "a.txt.gz"
     plain.write_bytes(text.encode())
     packed.write_bytes(gzip.compress(text.encode()))
@@ -186,6 +186,8 @@ def test_corpus_documents_are_separated_by_the_line(tmp_path):
         ("a.txt", gzip.compress(b"one\n", mtime=0), 1, "name it *.gz if it is gzip"),
         ("a.txt", "\ufeffone".encode(), 1, "byte-order mark"),
         ("a.txt", b"one\nt\0wo\n", 2, "U+0000"),
+        ("a.txt", b"one\n<|endoftext|> \ntwo", 2, "a line of its own"),
+        ("a.txt", b"one.<|endoftext|>\ntwo", 1, "a line of its own"),
         ("a.txt.gz", b"one\n", 1, "not gzip"),
         (
             "a.txt.gz",

@@ -217,16 +217,66 @@ def touch(root, *names):
 def test_files_are_split_by_the_end_of_their_stem_and_sorted(tmp_path):
     touch(
         tmp_path,
-        *("a/x_train1.txt.gz", "a/valid_x.txt", "a/x.y_valid.txt.gz", "a/x_test.txt"),
+        *("a/x_train1.txt.gz", "a/invalid_x.txt", "a/x.y_valid.txt.gz", "a/x_test.txt"),
         *("a/test.txt", "a/x_valid_test.txt", "a/b.txt", "a/contest.txt"),
     )
 
     def names(split):
         return [p.name for p in sources.find_files(tmp_path, ("a/*", "a/b*"), split)]
 
-    assert names("train") == ["b.txt", "contest.txt", "valid_x.txt", "x_train1.txt.gz"]
+    assert names("train") == [
+        "b.txt",
+        "contest.txt",
+        "invalid_x.txt",
+        "x_train1.txt.gz",
+    ]
     assert names("valid") == ["x.y_valid.txt.gz"]
     assert names("test") == ["test.txt", "x_test.txt", "x_valid_test.txt"]
+
+
+@pytest.mark.parametrize(
+    "name", ["x_Test.jsonl", "x.valid.jsonl.gz", "dev-0.jsonl", "x_validation.jsonl"]
+)
+def test_what_another_style_of_name_holds_out_is_not_trained_on(tmp_path, name):
+    touch(tmp_path, name, "test_train.jsonl", "latest.jsonl", "y_test.jsonl")
+    with pytest.raises(DataError, match=f"{name}: would be trained on, though"):
+        sources.find_files(tmp_path, ("*",), "train")
+    others = ("test_train.jsonl", "latest.jsonl")
+    found = sources.find_files(tmp_path, others, "train")
+    assert [path.name for path in found] == sorted(others)
+    found = sources.find_files(tmp_path, ("*",), "test")
+    assert [path.name for path in found] == ["y_test.jsonl"]
+
+
+def test_held_out_prompts_that_are_trained_on_are_told(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    fields = {
+        "demonstrations": {"response": "r"},
+        "rankings": {"responses": ["r", "s"], "ranks": [1, 2]},
+        "comparisons": {"chosen": "r", "rejected": "s"},
+    }
+
+    def write(name, *prompts):
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        more = fields.get(path.parent.name, {})
+        lines = (json.dumps({"prompt": p} | more) + "\n" for p in prompts)
+        path.write_text("".join(lines))
+
+    write("demonstrations/x_train", "a", "b", "c")
+    write("demonstrations/x_valid", "d", "e")
+    write("rankings/x_train", "a", "f")
+    write("rankings/x_valid", "b", "g")
+    write("comparisons/x_test", "f", "h", "i")
+    write("prompts/ppo", "j", "k")
+    write("prompts/eval_test", "l", "k", "m", "c")
+    inputs = Inputs(tmp_path, FilesConfig(), SimulationConfig(), tmp_path / "run")
+    inputs.check([])
+    told = capfd.readouterr().err
+    assert "1 of 3 prompts of comparisons (test) are in rankings (train) too" in told
+    assert "1 of 4 prompts of eval_prompts (test) are in demonstrations (tr" in told
+    assert "1 of 4 prompts of eval_prompts (test) are in ppo_prompts (train)" in told
+    assert told.count("too: what is measured") == 3
 
 
 def test_copies_that_programs_leave_beside_a_file_are_not_data(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import ppo_case as case
 import pytest
 
+from rlhf_jax.data.inputs import FilesConfig, Inputs
 from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.records import DataError, Demonstration
 from rlhf_jax.data.simulation.campaign import SimulationConfig, write_campaign
@@ -16,6 +17,7 @@ from rlhf_jax.stages import collect
 from rlhf_jax.stages.collect import CollectConfig, cut_few_shot, sample_responses
 from rlhf_jax.stages.common import Context, Model
 from rlhf_jax.stages.human_rankings import check_ranked, take_ranked
+from rlhf_jax.stages.rankings import has_rankings, ranking_hashes, read_rankings
 from rlhf_jax.stages.sampler import Response
 from rlhf_jax.training.mesh import MeshConfig
 from rlhf_jax.training.run_dir import RunDirError, StageDir, file_hash
@@ -141,10 +143,10 @@ def test_without_labelers_the_way_to_hand_rankings_in_is_told(tmp_path):
     assert "`ranks`" in text and "--collect.ranked FILE" in text
 
 
-def _ask(path, prompts, ended=(True, False)):
+def _ask(path, prompts, ended=(True, False), as_ascii=True):
     for split, asked in prompts.items():
         rows = [{"prompt": p, "responses": ["a", "b"], "ended": ended} for p in asked]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
+        text = "".join(json.dumps(row, ensure_ascii=as_ascii) + "\n" for row in rows)
         (path / f"to_rank_{split}.jsonl").write_text(text)
 
 
@@ -222,6 +224,55 @@ def test_whether_a_response_ended_is_known_from_when_it_was_drawn(tmp_path):
     for split in ("train", "valid"):
         (line,) = (tmp_path / f"rankings_{split}.jsonl").read_text().splitlines()
         assert json.loads(line)["ended"] == [False, True]
+
+
+def test_prompts_with_unicode_line_ends_are_asked_about_in_one_line(tmp_path):
+    """A tool that writes plain UTF-8 leaves them as they are."""
+    prompts, file = ["p\u2028q", "p\u0085q"], tmp_path / "ranked.jsonl"
+    _ask(tmp_path, {"train": prompts[:1], "valid": prompts[1:]}, as_ascii=False)
+    lines = [{"prompt": p, "responses": ["a", "b"], "ranks": [2, 1]} for p in prompts]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    file.write_text(text)
+    assert take_ranked(file, tmp_path)["num_rankings"] == 2
+
+
+def _written(path, ranks):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = {"prompt": "p", "responses": ["a", "b"], "ranks": ranks}
+    path.write_text(json.dumps(line) + "\n")
+
+
+def test_all_rankings_that_are_read_are_known_by_their_content(tmp_path, monkeypatch):
+    """Beside collected ones those of the data's test files are read."""
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    data, run = tmp_path / "data", tmp_path / "run"
+    for split in ("train", "valid"):
+        _written(run / f"collect/rankings_{split}.jsonl", [1, 2])
+    _written(data / "rankings/x_test.jsonl", [1, 2])
+    inputs = Inputs(data, FilesConfig(), SimulationConfig(), run)
+    ctx = Context(run, inputs, MeshConfig().make(), 0)
+    assert not has_rankings(ctx)
+    before = ranking_hashes(ctx)
+    assert sorted(before) == [
+        "rankings/test",
+        "rankings_train.jsonl",
+        "rankings_valid.jsonl",
+    ]
+    assert read_rankings(ctx, "test")["rankings/x_test.jsonl"][0].ranks == (1, 2)
+    _written(data / "rankings/x_test.jsonl", [2, 1])
+    assert ranking_hashes(ctx) != before
+
+
+def test_collected_rankings_beside_those_of_the_data_are_refused(tmp_path):
+    """One of them would be left out without a word."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    _written(data / "rankings/x_train.jsonl", [1, 2])
+    inputs = Inputs(data, FilesConfig(), SimulationConfig(), run)
+    ctx = Context(run, inputs, MeshConfig().make(), 0)
+    assert has_rankings(ctx)
+    _written(run / "collect/rankings_train.jsonl", [1, 2])
+    with pytest.raises(DataError, match="Take one away"):
+        has_rankings(ctx)
 
 
 def test_other_rankings_than_those_taken_are_refused(tmp_path):
