@@ -1,9 +1,20 @@
 """Shape of a transformer, and the published sizes of the GPT family by name."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Remat = Literal["none", "elementwise", "block"]
+
+
+def check_range(cfg: Any, interval: str, *names: str) -> None:
+    """Raises ValueError unless fields lie in an interval such as "[0, 1]", not NaN."""
+    low, high = map(float, interval[1:-1].split(","))
+    for name in names:
+        value = getattr(cfg, name)
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            raise ValueError(f"{name} must be in {interval}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,20 +49,15 @@ class TransformerConfig:
     but its dense layers (norms, gelu, attention), or each block from its input on."""
 
     def __post_init__(self):
-        for name in ("num_layers", "model_dim", "num_heads", "max_len", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}"
-                )
+        sizes = ("num_layers", "model_dim", "num_heads", "max_len", "vocab_size")
+        check_range(self, "[1, inf)", *sizes)
         if self.model_dim % self.num_heads:
             raise ValueError(
                 f"model_dim {self.model_dim} is not divisible by num_heads "
                 f"{self.num_heads}; choose a multiple"
             )
-        if self.embed_std <= 0.0:
-            raise ValueError(f"embed_std must be above 0, got {self.embed_std}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        check_range(self, "(0, inf)", "embed_std")
+        check_range(self, "[0, 1)", "dropout")
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm must be 'pre' or 'post', got {self.norm!r}")
         if self.dtype not in ("float32", "bfloat16"):

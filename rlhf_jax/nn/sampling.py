@@ -7,13 +7,14 @@ distribution.
 
 import dataclasses
 import functools
+import math
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.nn.config import TransformerConfig, check_range
 from rlhf_jax.nn.decoding import (
     caches_apart,
     decode_step,
@@ -42,18 +43,18 @@ class Sampling:
     temperature: float = 1.0
     """Divides the logits. InstructGPT: 1 (C.4); Ziegler and the TL;DR code: 0.7."""
     top_k: int | None = None
-    """Keep only the k likeliest tokens (None: all)."""
+    """Keep the k likeliest tokens, and those as likely as the last (None: all)."""
     top_p: float | None = None
-    """Keep the smallest set of likeliest tokens with this mass (None: all)."""
+    """Keep the smallest set of likeliest tokens with this mass, and those as likely as
+    its last (None: all)."""
 
     def __post_init__(self):
-        if self.temperature <= 0.0:
+        if not 0.0 < self.temperature < math.inf:
             raise ValueError(
                 f"temperature must be above 0, got {self.temperature}; "
                 "for greedy decoding use top_k = 1"
             )
-        if self.response_len < 1:
-            raise ValueError(f"response_len must be >= 1, got {self.response_len}")
+        check_range(self, "[1, inf)", "response_len")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1 or None, got {self.top_k}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
@@ -94,8 +95,8 @@ def contract_logits(logits: Array, temperature: Array | float, cfg: Sampling) ->
     """Logits of the distribution that is sampled from.
 
     logits / temperature, then every token outside the top k, or outside the smallest
-    likeliest set of mass top_p, is set to the least float32. The log-softmax of
-    the result is the log-probability of the sampling contract.
+    likeliest set of mass top_p, is set to the least float32 (ties at the edge are all
+    kept). Its log-softmax is the log-probability of the sampling contract.
 
     Args:
         logits: float32, [..., V].

@@ -56,8 +56,9 @@ def optimize(
     Args:
         state: before.
         experience: arrays [B, R].
-        inputs: reads the pre-training rows.
-        scalars, cfg, model, reward_model: constants.
+        inputs: reads the pre-training rows, `cfg.num_ptx_rows`.
+        scalars, cfg, model, reward_model: constants. To sweep `scalars.ptx_coef` give
+            a `cfg.ptx_coef` above 0, which says that there is such text.
         mesh: see `accumulate_gradients`.
 
     Returns:
@@ -65,12 +66,22 @@ def optimize(
         steps of what to watch, and `policy/first_ratio_error`, the largest |ratio - 1|
         of the first step, which is 0 up to rounding.
 
+    Raises:
+        ValueError: when traced, if the inputs have other numbers of pre-training rows.
+
     Source: Ouyang et al. 2022, eq. (2) and appendix C.4.
     """
     loss_fn = functools.partial(
         ppo_loss, scalars=scalars, cfg=cfg, model=model, reward_model=reward_model
     )
     ptx_fn = functools.partial(ptx_loss, model=model)
+    num_ptx_rows = inputs.ptx_tokens.shape[0]
+    if num_ptx_rows != cfg.num_ptx_rows:
+        raise ValueError(
+            f"inputs hold {num_ptx_rows} pre-training rows, and by ptx_coef "
+            f"{cfg.ptx_coef}, batch_size and ptx_per_episode there must be "
+            f"{cfg.num_ptx_rows}"
+        )
     M = cfg.num_minibatches
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
     lr = {
@@ -112,7 +123,7 @@ def optimize(
         )
         metrics["policy/ratio_error"] = ratio_error
         metrics["policy/ppo_grad_norm"] = optax.tree.norm(grads["policy"])
-        if cfg.num_ptx_rows:
+        if num_ptx_rows:
             ptx_batch = (
                 inputs.ptx_tokens[ptx_rows],
                 inputs.ptx_targets[ptx_rows],
@@ -166,7 +177,7 @@ def optimize(
 
     num_updates = cfg.num_epochs * M
     rows = permutations(10**6, cfg.batch_size)
-    ptx_rows = permutations(10**6 + 1, cfg.num_ptx_rows)
+    ptx_rows = permutations(10**6 + 1, num_ptx_rows)
     carry = (state.params, state.opt_state, state.ema)
     (params, opt_state, ema), history = jax.lax.scan(
         minibatch, carry, (jnp.arange(num_updates), rows, ptx_rows)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlhf_jax.nn.config import TransformerConfig
+from rlhf_jax.nn.config import TransformerConfig, check_range
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.nn.transformer import cast_once
 from rlhf_jax.training.loop import LoopConfig
@@ -33,7 +33,8 @@ class PPOConfig:
     num_epochs: int = 1
     """Passes over the episodes (IG: 1; Ziegler, Stiennon: 4)."""
     num_microbatches: int = 1
-    """Sequential parts of each minibatch, to save memory."""
+    """Sequential parts of each minibatch, to save memory; replicas cut no further than
+    a row a device, with fsdp parts of fewer rows than devices cost time."""
     prompt_len: int = 1024
     """Longest prompt in tokens, P; longer prompts are dropped with a count."""
     sampling: Sampling = Sampling()
@@ -110,27 +111,29 @@ class PPOConfig:
                 f"ptx_per_episode must be at least 1, got {self.ptx_per_episode}; set "
                 "ptx_coef to 0 for PPO without pre-training text"
             )
-        if self.kl_coef < 0:
-            raise ValueError(f"kl_coef must not be negative, got {self.kl_coef}")
+        check_range(self, "[0, inf)", "kl_coef", "ptx_coef", "value_coef")
+        check_range(self, "[0, 1]", "gamma", "lam")
+        check_range(self, "(0, inf)", "clip", "value_clip")
+        check_range(self, "[0, 1)", "ema_decay")
+        check_range(self, "[1, inf)", "num_epochs", "num_minibatches")
+        if self.value not in ("separate", "shared"):
+            raise ValueError(
+                f"value must be 'separate' or 'shared', got {self.value!r}"
+            )
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(
                 "kl_coef is 0, which kl_target multiplies and never moves; give it a "
                 "start above 0, or set kl_target to None"
             )
-        if self.kl_target is not None and self.kl_target <= 0:
+        if self.kl_target is not None and not self.kl_target > 0:
             raise ValueError(f"kl_target must be above 0 or None, got {self.kl_target}")
         if self.kl_target is not None and self.kl_horizon <= 0.2 * self.batch_size:
             raise ValueError(
                 f"kl_horizon must be above 0.2 batch_size = {0.2 * self.batch_size:g}, "
                 f"got {self.kl_horizon:g}: kl_coef could change its sign at once"
             )
-        if self.clip <= 0 or self.value_clip <= 0:
-            raise ValueError(
-                f"clip and value_clip must be above 0, got {self.clip} and "
-                f"{self.value_clip}"
-            )
-        minibatch = self.batch_size // max(self.num_minibatches, 1)
-        if self.num_minibatches < 1 or self.batch_size % self.num_minibatches:
+        minibatch = self.batch_size // self.num_minibatches
+        if self.batch_size % self.num_minibatches:
             raise ValueError(
                 f"batch_size {self.batch_size} is not divisible by num_minibatches "
                 f"{self.num_minibatches}"

@@ -1,14 +1,17 @@
 """AdamW with a schedule, its numbers kept as data so that a sweep never recompiles."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
+from rlhf_jax.nn.config import check_range
+
 Array = jax.Array
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,10 +20,11 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Schedule = "cosine"
     """Shape after the warm-up, from the peak to final_fraction of it."""
     final_fraction: float = 0.1
-    """Share of the peak at the last step (GPT-3, InstructGPT: 0.1)."""
+    """Share of the peak that the schedule has come to after the last step (GPT-3,
+    InstructGPT: 0.1)."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     warmup_fraction: float = 0.0
@@ -37,9 +41,15 @@ class OptimizerConfig:
     """Global norm to clip gradients to (GPT-3: 1.0); inf turns it off."""
 
     def __post_init__(self):
-        if self.learning_rate < 0:
-            raise ValueError(f"learning_rate must be >= 0, got {self.learning_rate}")
-        if self.max_grad_norm <= 0:
+        check_range(self, "[0, inf)", "learning_rate", "warmup_steps")
+        check_range(self, "[0, inf)", "eps", "weight_decay")
+        check_range(self, "[0, 1]", "final_fraction", "warmup_fraction")
+        check_range(self, "[0, 1)", "b1", "b2")
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(
+                f"schedule must be one of {get_args(Schedule)}, got {self.schedule!r}"
+            )
+        if not self.max_grad_norm > 0:
             raise ValueError(
                 f"max_grad_norm must be above 0, got {self.max_grad_norm}; use inf to "
                 "turn clipping off"

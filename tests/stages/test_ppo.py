@@ -530,10 +530,19 @@ def test_replicas_add_up_what_one_device_does(whole):
     ("change", "named"),
     [
         ({"num_minibatches": 3}, "batch_size 8 .* num_minibatches 3"),
-        ({"num_minibatches": 0}, "num_minibatches 0"),
+        ({"num_minibatches": 0}, "num_minibatches .* got 0"),
         ({"num_minibatches": 2, "num_microbatches": 3}, "4 episodes .* 3"),
         ({"num_microbatches": 0}, "num_microbatches 0"),
         ({"kl_coef": -0.1}, "kl_coef .* -0.1"),
+        ({"kl_coef": float("nan")}, "kl_coef"),
+        ({"value": "seperate"}, "'separate' or 'shared'"),
+        ({"num_epochs": 0}, "num_epochs"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"lam": 95.0}, "lam"),
+        ({"gamma": -0.1}, "gamma"),
+        ({"ptx_coef": -1.0}, "ptx_coef"),
+        ({"value_coef": -0.1}, "value_coef"),
+        ({"clip": 0.0}, "clip"),
         ({"kl_target": 0.0}, "kl_target must be above 0 or None, got 0"),
         ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_coef is 0, which kl_target multipli"),
         ({"kl_target": 1.0, "kl_horizon": 1.6}, "kl_horizon .* batch_size = 1.6"),
@@ -542,6 +551,16 @@ def test_replicas_add_up_what_one_device_does(whole):
 def test_impossible_numbers_are_refused(change, named):
     with pytest.raises(ValueError, match=named):
         dataclasses.replace(CFG, **change)
+
+
+@pytest.mark.parametrize("coef", [0.0, 1.0])
+def test_rows_of_text_that_the_config_does_not_speak_of_are_refused(coef):
+    """A sweep over `scalars.ptx_coef` would otherwise change nothing."""
+    given = dataclasses.replace(CFG, ptx_coef=1.0 - coef)
+    cfg = dataclasses.replace(CFG, ptx_coef=coef)
+    state, inputs = case.fresh_state(cfg, 0), case.make_inputs(given, 0)
+    with pytest.raises(ValueError, match="pre-training rows, and by ptx_coef"):
+        case.update(cfg)(state, inputs, case.frozen(), cfg.scalars())
 
 
 def test_there_are_pre_training_rows_only_with_ptx():

@@ -63,7 +63,18 @@ def test_a_warm_up_as_long_as_the_run_gives_finite_rates():
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [({"learning_rate": -1.0}, "learning_rate"), ({"max_grad_norm": 0.0}, "inf")],
+    [
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"learning_rate": math.nan}, "learning_rate"),
+        ({"max_grad_norm": 0.0}, "inf"),
+        ({"max_grad_norm": math.nan}, "inf"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"final_fraction": 1.1}, "final_fraction"),
+        ({"b2": 1.0}, r"b2 must be in \[0, 1\), got 1.0"),
+        ({"eps": -1e-3}, "eps"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"schedule": "cosin"}, "one of"),
+    ],
 )
 def test_impossible_numbers_are_named(change, name):
     with pytest.raises(ValueError, match=name):
