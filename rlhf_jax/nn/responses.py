@@ -36,7 +36,7 @@ def forward_responses(
     """Hidden states of K responses to one prompt, the prompt computed once.
 
     Exactly the states of K separate sequences, from P - 1 + K (R + 1) instead of
-    K (P + R) positions, and of K (R + 1) in the last block.
+    K (P + R) positions, and of K (R + 1) in the last block where layers are `unrolled`.
 
     Args:
         params: of `init_params`.
@@ -74,7 +74,8 @@ def last_response_states(
 ) -> Array:
     """The state after the last real token of each response, and no other.
 
-    `forward_responses` at index `lengths`, without the rest of the last block.
+    `forward_responses` at index `lengths`, where layers are `unrolled` without the rest
+    of the last block.
 
     Args:
         params, prompts, prompt_lengths, responses, cfg: of `forward_responses`.

@@ -4,6 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.objectives.masking import response_mask
+
 Array = jax.Array
 
 
@@ -37,10 +39,11 @@ def kl_penalized_rewards(
     chex.assert_rank([scores, logprobs, lengths], [1, 2, 1])
     chex.assert_equal_shape([logprobs, ref_logprobs])
     chex.assert_type([scores, logprobs, ref_logprobs], jnp.float32)
-    steps = jnp.arange(logprobs.shape[1])[None]
+    R = logprobs.shape[1]
     penalty = -kl_coef * (logprobs - ref_logprobs)
-    at_end = jnp.where(steps == lengths[:, None] - 1, scores[:, None], 0.0)
-    return jnp.where(steps < lengths[:, None], penalty + at_end, 0.0)
+    last = jnp.arange(R)[None] == lengths[:, None] - 1
+    at_end = jnp.where(last, scores[:, None], 0.0)
+    return jnp.where(response_mask(lengths, R), penalty + at_end, 0.0)
 
 
 def gae(
@@ -102,9 +105,9 @@ def response_advantages(
         advantages and returns, [B, R] each; 0 after the response.
     """
     chex.assert_equal_shape([rewards, values])
-    steps = jnp.arange(rewards.shape[1])[None]
-    mask = steps < lengths[:, None]
-    discounts = jnp.where(steps < lengths[:, None] - 1, gamma, 0.0)
+    R = rewards.shape[1]
+    mask = response_mask(lengths, R)
+    discounts = jnp.where(response_mask(lengths - 1, R), gamma, 0.0)
     rewards = jnp.where(mask, rewards, 0.0)
     values = jnp.where(mask, values, 0.0)
     advantages = jax.vmap(gae, in_axes=(0, 0, 0, None))(rewards, values, discounts, lam)

@@ -1,5 +1,7 @@
 """Learning a reward from rankings of K responses to one prompt."""
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,31 @@ def preferred_pairs(ranks: Array) -> Array:
     return better & present[..., :, None] & present[..., None, :]
 
 
+def pair_mean(
+    of_margin: Callable[[Array], Array], scores: Array, ranks: Array
+) -> Array:
+    """Mean over each prompt's strictly ordered pairs of a function of their margins.
+
+    mean_{(i, j): rank_i < rank_j} f(r_i - r_j)
+
+    Args:
+        of_margin: f, of margins [B, K, K] in reward units.
+        scores: float32, [B, K], in reward units.
+        ranks: int32, [B, K]; 1 best, equal = tie, 0 = absent.
+
+    Returns:
+        float32, [B]; 0 where no pair is ordered. Scores of absent responses may be NaN.
+    """
+    chex.assert_rank([scores, ranks], 2)
+    chex.assert_equal_shape([scores, ranks])
+    scores = jnp.where(ranks > 0, scores, 0.0)
+    pairs = preferred_pairs(ranks)
+    margins = scores[:, :, None] - scores[:, None, :]
+    total = jnp.sum(jnp.where(pairs, of_margin(margins), 0.0), axis=(1, 2))
+    num_pairs = jnp.sum(pairs, axis=(1, 2), dtype=jnp.float32)
+    return total / jnp.maximum(num_pairs, 1.0)
+
+
 def ranking_loss(scores: Array, ranks: Array) -> Array:
     """K-way comparison loss of each prompt: the mean over its strictly ordered pairs.
 
@@ -31,41 +58,24 @@ def ranking_loss(scores: Array, ranks: Array) -> Array:
     counts ties is not published).
 
     Args:
-        scores: float32, [B, K], in reward units.
-        ranks: int32, [B, K]; 1 best, equal = tie, 0 = absent.
+        scores, ranks: [B, K] each, see `pair_mean`.
 
     Returns:
         float32, [B], nats per comparison (chance: log 2); 0 where no pair is ordered.
-        Scores of absent responses may be NaN.
 
     Source: Ouyang et al. 2022, eq. (1), arXiv:2203.02155.
     """
-    chex.assert_rank([scores, ranks], 2)
-    chex.assert_equal_shape([scores, ranks])
-    scores = jnp.where(ranks > 0, scores, 0.0)
-    pairs = preferred_pairs(ranks)
-    margins = scores[:, :, None] - scores[:, None, :]
-    nll = jnp.where(pairs, -jax.nn.log_sigmoid(margins), 0.0)
-    num_pairs = jnp.sum(pairs, axis=(1, 2), dtype=jnp.float32)
-    return jnp.sum(nll, axis=(1, 2)) / jnp.maximum(num_pairs, 1.0)
+    return pair_mean(lambda margins: -jax.nn.log_sigmoid(margins), scores, ranks)
 
 
 def ranking_accuracy(scores: Array, ranks: Array) -> Array:
     """Share of a prompt's ordered pairs whose better response scores higher.
 
     Args:
-        scores: float32, [B, K].
-        ranks: int32, [B, K]; 1 best, equal = tie, 0 = absent.
+        scores, ranks: [B, K] each, see `pair_mean`.
 
     Returns:
         float32, [B], in [0, 1]; equal scores count one half; 0 where no pair is
         ordered.
     """
-    chex.assert_equal_shape([scores, ranks])
-    scores = jnp.where(ranks > 0, scores, 0.0)
-    pairs = preferred_pairs(ranks)
-    margins = scores[:, :, None] - scores[:, None, :]
-    right = jnp.where(margins > 0, 1.0, jnp.where(margins == 0, 0.5, 0.0))
-    num_right = jnp.sum(jnp.where(pairs, right, 0.0), axis=(1, 2))
-    num_pairs = jnp.sum(pairs, axis=(1, 2), dtype=jnp.float32)
-    return num_right / jnp.maximum(num_pairs, 1.0)
+    return pair_mean(lambda margins: jnp.heaviside(margins, 0.5), scores, ranks)

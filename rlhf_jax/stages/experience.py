@@ -10,15 +10,12 @@ from flax import struct
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.heads import scalar_head
 from rlhf_jax.nn.refill import generate_refilled
-from rlhf_jax.nn.responses import forward_responses
 from rlhf_jax.nn.sampling import Rollout, generate
 from rlhf_jax.objectives.advantages import kl_penalized_rewards, response_advantages
 from rlhf_jax.objectives.masking import (
     masked_mean,
-    masked_sum,
     masked_variance,
     masked_whiten,
-    normalize_weights,
     response_mask,
 )
 from rlhf_jax.objectives.ppo import explained_variance, kl_estimates
@@ -30,7 +27,7 @@ from rlhf_jax.stages.ppo_state import (
     PPOState,
     on_device,
 )
-from rlhf_jax.stages.scoring import policy_logprobs, rollout_scores
+from rlhf_jax.stages.scoring import policy_logprobs, response_hidden, rollout_scores
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -65,9 +62,8 @@ def response_values(
     """
     hidden = policy_hidden
     if "transformer" in value:
-        hidden = forward_responses(
-            value["transformer"], prompts, prompt_lengths, responses[:, None], model
-        )[:, 0]
+        ids = prompts, prompt_lengths, responses
+        hidden = response_hidden(value["transformer"], *ids, model)
     return scalar_head(value["head"], hidden)
 
 
@@ -152,25 +148,23 @@ def make_experience(
     advantages, returns = response_advantages(
         rewards, values, rollout.lengths, scalars.gamma, scalars.lam
     )
-    weights = normalize_weights(mask)
-    per_episode = lambda x: jnp.mean(jnp.sum(jnp.where(mask, x, 0.0), axis=1))  # noqa: E731
     kl = kl_estimates(
         jnp.where(mask, logprobs, 0.0), jnp.where(mask, ref_logprobs, 0.0)
     )
+    kl_per_episode = jnp.mean(jnp.sum(kl["k1"], axis=1))
     last_values = jnp.take_along_axis(all_values, rollout.lengths[:, None], axis=1)
     mismatch = jnp.where(mask, jnp.abs(logprobs - rollout.logprobs), 0.0)
     metrics = {
         "objective/score": jnp.mean(scores),
         "objective/score_std": jnp.std(scores),
-        "objective/kl": per_episode(kl["k1"]),
-        "objective/kl_per_token": masked_sum(kl["k1"], weights),
-        "objective/kl_k2_per_token": masked_sum(kl["k2"], weights),
-        "objective/kl_k3_per_token": masked_sum(kl["k3"], weights),
-        "objective/non_score_reward": -state.kl_coef * per_episode(kl["k1"]),
-        "objective/rlhf_reward": jnp.mean(scores)
-        - state.kl_coef * per_episode(kl["k1"]),
+        "objective/kl": kl_per_episode,
+        "objective/kl_per_token": masked_mean(kl["k1"], mask),
+        "objective/kl_k2_per_token": masked_mean(kl["k2"], mask),
+        "objective/kl_k3_per_token": masked_mean(kl["k3"], mask),
+        "objective/non_score_reward": -state.kl_coef * kl_per_episode,
+        "objective/rlhf_reward": jnp.mean(scores) - state.kl_coef * kl_per_episode,
         "objective/kl_coef": state.kl_coef,
-        "policy/entropy": masked_sum(entropy, weights),
+        "policy/entropy": masked_mean(entropy, mask),
         "policy/entropy_min": jnp.min(jnp.where(mask, entropy, jnp.inf)),
         "policy/entropy_max": jnp.max(jnp.where(mask, entropy, 0.0)),
         "rollout/length": jnp.mean(rollout.lengths.astype(jnp.float32)),
@@ -178,7 +172,7 @@ def make_experience(
         "rollout/length_max": jnp.max(rollout.lengths).astype(jnp.float32),
         "rollout/eos_rate": jnp.mean(rollout.ended.astype(jnp.float32)),
         "rollout/pad_fraction": jnp.mean((~mask).astype(jnp.float32)),
-        "rollout/logprob_mismatch_mean": masked_sum(mismatch, weights),
+        "rollout/logprob_mismatch_mean": masked_mean(mismatch, mask),
         "rollout/logprob_mismatch_max": jnp.max(mismatch),
         "rollout/score_length_correlation": _correlation(
             raw_scores, rollout.lengths.astype(jnp.float32)

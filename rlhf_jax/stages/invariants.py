@@ -68,8 +68,8 @@ def check_invariants(
         values["rollout/logprob_mismatch_mean"] < tolerance,
         "the sampler and the training forward pass must agree on log-probabilities",
         "rollout/logprob_mismatch_mean",
-        "temperature or top-k/top-p missing on one side, shifted positions, bfloat16 "
-        "decoding of a poorly conditioned model",
+        "a temperature missing on one side, shifted positions, bfloat16 decoding of a "
+        "poorly conditioned model",
     )
     require(
         values["policy/entropy_min"] >= -tolerance,
@@ -126,7 +126,7 @@ def warn_of_trouble(update: int, values: Mapping[str, float]) -> None:
     if values["objective/kl"] < -1.0:
         trouble.append(
             "the KL to the reference is clearly negative: sampler and trainer disagree "
-            "(temperature, truncated sampling, masks)"
+            "(temperature, masks)"
         )
     if values["policy/entropy"] < 0.01:
         trouble.append("the entropy is nearly 0: raise kl_coef or lower the rate")

@@ -19,24 +19,22 @@ from rlhf_jax.data.ranking_batches import (
     ranking_batches,
 )
 from rlhf_jax.data.records import SPLITS
-from rlhf_jax.data.schedule import Batches
+from rlhf_jax.data.schedule import Batches, evenly
 from rlhf_jax.data.sources import DataError
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.heads import init_scalar_head, scalar_head
 from rlhf_jax.nn.responses import packed_last_states
 from rlhf_jax.nn.transformer import check_length
 from rlhf_jax.objectives.masking import masked_sum
-from rlhf_jax.objectives.ranking import (
-    preferred_pairs,
-    ranking_accuracy,
-    ranking_loss,
-)
+from rlhf_jax.objectives.ranking import pair_mean, ranking_accuracy, ranking_loss
 from rlhf_jax.stages.common import Context, load_model, save_model
 from rlhf_jax.stages.rankings import (
     RankingScorer,
     accuracy,
     evaluate_rankings,
     fitting_demonstrations,
+    has_rankings,
+    ranking_hashes,
     read_rankings,
     score_demonstrations,
 )
@@ -52,7 +50,7 @@ from rlhf_jax.training.mesh import (
 )
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.room import require_room_to_train
-from rlhf_jax.training.run_dir import file_hash, write_text
+from rlhf_jax.training.run_dir import write_text
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
 
@@ -154,12 +152,9 @@ def reward_loss(
     K = scores.shape[-1]
     scores, ranks = scores.reshape(-1, K), rankings.ranks.reshape(-1, K)
     weights = batch.weights.reshape(-1)
-    pairs = preferred_pairs(ranks)
-    margins = jnp.where(pairs, scores[:, :, None] - scores[:, None, :], 0.0)
-    num_pairs = jnp.maximum(jnp.sum(pairs, axis=(1, 2), dtype=jnp.float32), 1.0)
     extras = {
         "accuracy": masked_sum(ranking_accuracy(scores, ranks), weights),
-        "margin": masked_sum(jnp.sum(margins, axis=(1, 2)) / num_pairs, weights),
+        "margin": masked_sum(pair_mean(lambda m: m, scores, ranks), weights),
     }
     return masked_sum(ranking_loss(scores, ranks), weights), extras
 
@@ -212,20 +207,10 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
     """Trains a reward model on the run's rankings into RUN/reward_model."""
     stage = ctx.stage("reward_model")
     parents = {cfg.init_from: ctx.stage(cfg.init_from)}
-    sources, purposes = {}, [("demonstrations", "train")]  # whose scores get mean 0
-    given = any(ctx.inputs.has(x, "train") for x in ("rankings", "comparisons"))
-    if ctx.stage("collect").done or not given:
+    if not has_rankings(ctx):
         parents["collect"] = ctx.stage("collect")
-        collected = sorted(ctx.stage("collect").path.glob("rankings_*.jsonl"))
-        sources = {path.name: file_hash(path) for path in collected}
-    else:
-        purposes += [
-            (purpose, split)
-            for purpose in ("rankings", "comparisons")
-            for split in SPLITS
-            if ctx.inputs.has(purpose, split)
-        ]
-    sources |= ctx.inputs.fingerprint(*purposes)  # type: ignore[arg-type]
+    sources = ranking_hashes(ctx)
+    sources |= ctx.inputs.fingerprint(("demonstrations", "train"))  # get mean score 0
     made_by = {"reward_model": cfg, "seed": ctx.seed}
     stage.open("reward_model", made_by, sources, parents)
     if stage.done:
@@ -239,10 +224,8 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         encoded[split] = scorer.encode(rankings[split], f"rankings ({split})")
     valid = rankings["valid"]
     demonstrations = ctx.inputs.read("demonstrations", "train")
-    count = min(cfg.num_centering, len(demonstrations))
-    centering = fitting_demonstrations(
-        scorer, [demonstrations[i] for i in range(count)]
-    )
+    some = evenly(len(demonstrations), cfg.num_centering)
+    centering = fitting_demonstrations(scorer, [demonstrations[i] for i in some])
     batches, row, num_rows = training_batches(cfg, ctx, encoded["train"], base.cfg)
     lengths = ("reward_model.prompt_len", "reward_model.response_len")
     batch = (num_rows, cfg.num_microbatches)
