@@ -12,6 +12,8 @@ import pytest
 
 from rlhf_jax.data.batches import TokenBatch
 from rlhf_jax.data.ranking_batches import RankingBatch
+from rlhf_jax.evaluation.measurements import METADATA_LABELS
+from rlhf_jax.evaluation.report_text import MODEL_COLUMNS
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.sampling import Sampling
 from rlhf_jax.stages.common import init_model
@@ -135,6 +137,11 @@ def test_glossary_names_the_metrics_of_the_supervised_stages():
 def test_glossary_names_the_metrics_of_ppo():
     produced = ppo_metrics() | strings("stages/ppo_run.py", r"heldout/\w+")
     assert set(glossary()["PPO and PPO-ptx"]) == produced
+
+
+def test_glossary_names_what_the_report_says_of_a_model():
+    told = {quantity for quantity, _, _ in MODEL_COLUMNS} | set(METADATA_LABELS)
+    assert set(glossary()["Collect, evaluate, report"]) == told
 
 
 def test_glossary_names_each_metric_once_in_full_rows():

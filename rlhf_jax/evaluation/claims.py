@@ -222,7 +222,8 @@ CLAIMS = (
         "invents_facts",
         "gpt_few_shot",
         "PPO invents facts less often than few-shot GPT.",
-        published="21 % (InstructGPT) against 41 % (GPT-3)",
+        published="of responses to closed-domain prompts alone: 21 % (InstructGPT) "
+        "against 41 % (GPT-3)",
     ),
     _metadata_claim("invents_facts", "sft", "PPO invents facts less often than SFT."),
     _metadata_claim(

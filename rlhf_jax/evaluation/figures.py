@@ -101,6 +101,7 @@ def draw_reward_accuracy(run: RunData) -> Figure:
 def draw_win_rates(run: RunData) -> Figure:
     """How often each model is preferred to SFT (the form of the paper's Figure 1)."""
     rates = estimates_by_model(run, "win_rate_vs_sft")
+    rates.pop("sft", None)  # 50 % against itself
     figure, (axis,) = make_panels(1, columns=1)
     places = np.arange(len(rates))
     draw_bars(axis, places, rates, width=0.65)
@@ -196,7 +197,7 @@ def draw_alignment_tax(run: RunData) -> Figure:
         )
         axes[1].set_xlim(-0.6, len(differences) - 0.4)
         axes[1].set(
-            title="Differences on the same documents",
+            title="Differences on the same batches",
             ylabel="difference in loss (nats per token)",
         )
     return figure
@@ -244,8 +245,9 @@ FIGURES = (
     ),
     FigureSpec(
         "alignment_tax",
-        "Held-out pre-training loss. The differences on the right compare the same "
-        "documents, so they are known far better than either loss.",
+        "Held-out pre-training loss, of batches spread over the held-out text. The "
+        "differences on the right compare the same batches, so they are known far "
+        "better than either loss; text by other authors may give others.",
         draw_alignment_tax,
     ),
     FigureSpec(
@@ -261,8 +263,10 @@ FIGURES = (
     ),
     FigureSpec(
         "frontier",
-        "Score against √KL. A path that turns down while KL grows would be "
-        "over-optimisation, but only in a score PPO was not trained on.",
+        "Score against √KL on held-out prompts: the path of the policy while it "
+        "trains, and its moving average, which is evaluated and handed on. A path that "
+        "turns down while KL grows would be over-optimisation, but only in a score PPO "
+        "was not trained on.",
         draw_frontier,
     ),
     FigureSpec(
@@ -278,7 +282,9 @@ FIGURES = (
 def _draw_bins(axis: Axes, bins: Sequence[Mapping[str, Any]]) -> None:
     estimates = [Estimate.from_json(part["accuracy"]) for part in bins]
     draw_intervals(axis, range(len(bins)), estimates, _REWARD_COLOR, "o", None)
-    ticks = [f"{part['low']:.2g}\nto {part['high']:.2g}" for part in bins]
+    highest = max(abs(part[end]) for part in bins for end in ("low", "high"))
+    digits = 0 if highest >= 10 else 2
+    ticks = [f"{part['low']:.{digits}f}\nto {part['high']:.{digits}f}" for part in bins]
     axis.set_xticks(range(len(bins)), ticks)
     axis.set_xlim(-0.6, len(bins) - 0.4)
     axis.tick_params(axis="x", labelsize=8.5)

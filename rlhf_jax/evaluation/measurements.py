@@ -166,7 +166,11 @@ def win_rate_over_sft(model: str) -> Measure:
 def sft_over_few_shot(evaluation: Document, _: Document) -> Measurement:
     """Win rate of SFT against few-shot GPT: the complement of theirs against SFT."""
     rate = _estimate(evaluation, "models", "gpt_few_shot", "win_rate_vs_sft")
-    return Measurement(rate.complement(), _win_detail(evaluation, "sft-gpt_few_shot"))
+    doubt = None
+    if evaluation.get("judge") == "reward model":
+        doubt = "The judge is the reward model, which also chose SFT's epoch."
+    detail = _win_detail(evaluation, "sft-gpt_few_shot")
+    return Measurement(rate.complement(), detail, doubt)
 
 
 def few_shot_over_gpt(evaluation: Document, _: Document) -> Measurement:
@@ -231,7 +235,7 @@ def loss_difference(pair: str) -> Measure:
 
     def measure(evaluation: Document, _: Document) -> Measurement:
         difference = _estimate(evaluation, "differences", "pretrain_loss", pair)
-        return Measurement(difference, "Both models on the same held-out text.")
+        return Measurement(difference, "Both models on the same held-out batches.")
 
     return measure
 

@@ -26,7 +26,7 @@ from rlhf_jax.evaluation.reward_model_section import (
 from rlhf_jax.evaluation.statistics import Unit, format_estimate
 
 _VERDICT_MARKS = {"holds": "✅", "does not hold": "❌", "inconclusive": "❔"}
-_MODEL_COLUMNS: tuple[tuple[str, str, Unit], ...] = (
+MODEL_COLUMNS: tuple[tuple[str, str, Unit], ...] = (
     ("gold_score", "gold score", ""),
     ("reward", "reward", ""),
     ("win_rate_vs_sft", "win rate against SFT", "%"),
@@ -38,8 +38,10 @@ _MODEL_COLUMNS: tuple[tuple[str, str, Unit], ...] = (
 _NOTES = """\
 - **Intervals.** Every `x [low, high]` is a mean with its 95 % interval over held-out
   prompts (over batches of text for the pre-training loss). They measure how well these
-  prompts stand for all such prompts; they do not include the spread between training
-  seeds. Among {claims} claims one may get a wrong verdict by chance alone.
+  prompts, and these documents, stand for more of their kind; they do not include the
+  spread between training seeds. A verdict is wrong by chance in at most about one run
+  of forty; the {claims} claims share data and contain each other, so do not count them
+  as independent tests.
 - **Verdicts** are computed: a claim *holds* where the whole interval lies above its
   threshold, *does not hold* where none of it does, and is *inconclusive* otherwise,
   where its input is missing, or where the judge is no judge of it.
@@ -172,13 +174,14 @@ def _models(run: RunData) -> str:
     rows = []
     for name in ordered:
         row = [f"**{MODEL_LABELS[name]}**"]
-        for quantity, _, unit in _MODEL_COLUMNS:
+        for quantity, _, unit in MODEL_COLUMNS:
             text = cell(run.evaluation, EVALUATION, unit, "models", name, quantity)
             if quantity == "win_rate_vs_sft" and text != NOT_MEASURED:
                 text += _outcomes(run.evaluation["models"][name])
+                text = "50 % (itself)" if name == "sft" else text
             row.append(text)
         rows.append(row)
-    header = ["model", *(title for _, title, _ in _MODEL_COLUMNS)]
+    header = ["model", *(title for _, title, _ in MODEL_COLUMNS)]
     text = "Mean [95 % interval] on held-out data.\n\n" + table(header, rows)
     labelled = [
         [f"**{MODEL_LABELS[name]}**"]
@@ -193,7 +196,18 @@ def _models(run: RunData) -> str:
     ]
     if not labelled:
         return text + "\n\nThere are no metadata labels: nobody labelled the responses."
-    return text + "\n\n" + table(["model", *METADATA_LABELS.values()], labelled)
+    with_constraint = max(
+        estimate.n
+        for name in ordered
+        if (estimate := model_estimate(run, name, "metadata", "meets_constraints"))
+    )
+    note = (
+        "Shares of the responses to all prompts; of those that meet explicit "
+        f"constraints, to the {with_constraint} prompts that have one. Invented facts "
+        "are counted in all use cases; the paper counts closed-domain ones."
+    )
+    header = ["model", *METADATA_LABELS.values()]
+    return "\n\n".join([text, table(header, labelled), note])
 
 
 def _outcomes(model: Mapping[str, Any]) -> str:

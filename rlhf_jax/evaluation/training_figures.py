@@ -63,28 +63,31 @@ def draw_ppo(run: RunData) -> Figure:
 
 
 def draw_frontier(run: RunData) -> Figure:
-    """Score against the square root of the KL it costs, along training and held out.
+    """Score against the square root of the KL it costs, on held-out prompts.
 
-    A KL estimated below 0, which is noise around 0, is drawn at 0.
+    The path is of the policy while it trains, by its rollouts where no held-out prompts
+    were looked at. A KL estimated below 0, which is noise around 0, is drawn at 0.
     """
     figure, (axis,) = make_panels(1, columns=1)
     for name in POLICIES:
         curves = run.curves.get(name, {})
-        if "objective/score" in curves and "objective/kl" in curves:
-            _, score = smooth(curves["objective/score"], windows=12)
-            _, kl = smooth(curves["objective/kl"], windows=12)
+        kind, label = "heldout", "while it trains"
+        if "heldout/score" not in curves or "heldout/kl" not in curves:
+            kind, label = "objective", "rollouts"
+        if f"{kind}/score" in curves and f"{kind}/kl" in curves:
+            path = [
+                curves[f"{kind}/{y}"]
+                if kind == "heldout"
+                else smooth(curves[f"{kind}/{y}"], windows=12)
+                for y in ("kl", "score")
+            ]
             axis.plot(
-                np.sqrt(np.maximum(kl, 0.0)),
-                score,
+                np.sqrt(np.maximum(path[0][1], 0.0)),
+                path[1][1],
                 color=MODEL_COLORS[name],
-                marker="o" if len(kl) < 10 else None,
-                label=f"{MODEL_LABELS[name]}, rollouts",
+                marker=".",
+                label=f"{MODEL_LABELS[name]} {label}",
             )
-        if "heldout/score" in curves and "heldout/kl" in curves:
-            points = np.sqrt(np.maximum(curves["heldout/kl"][1], 0.0))
-            label = f"{MODEL_LABELS[name]}, held out"
-            path = (points, curves["heldout/score"][1])
-            plot_points(axis, path, MODEL_COLORS[name], label)
         score, kl = (
             model_estimate(run, name, key) for key in ("reward", "kl_to_reference")
         )
@@ -100,7 +103,7 @@ def draw_frontier(run: RunData) -> Figure:
                 capsize=4,
                 color=MODEL_COLORS[name],
                 zorder=4,
-                label=f"{MODEL_LABELS[name]} evaluated at the end",
+                label=f"{MODEL_LABELS[name]} as evaluated (averaged)",
             )
     if not axis.has_data():
         raise MissingInput(

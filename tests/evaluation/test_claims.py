@@ -248,14 +248,15 @@ def test_the_trained_reward_model_is_no_judge_of_ppo():
         put(evaluation("reward model"), None, "differences", "gold_score"),
         reward_model(),
     )
-    for name in ("ppo_beats_sft", "ppo_ptx_beats_sft", "score_order"):
+    preferences = ("ppo_beats_sft", "ppo_ptx_beats_sft", "sft_beats_few_shot")
+    for name in (*preferences, "score_order"):  # SFT's epoch was chosen by it
         assert found[name] == UNSURE
     result = judge(claim("ppo_beats_sft"), evaluation("reward model"), {})
     assert "proxy" in result.detail
     assert result.estimate is not None
     # What the proxy can show, it shows: PPO raised it.
     assert found["ppo_raises_reward"] == GOOD
-    assert found["sft_beats_few_shot"] == GOOD
+    assert found["few_shot_beats_gpt"] == GOOD
 
 
 def test_without_gold_scores_the_reward_is_compared():
