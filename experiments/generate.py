@@ -1,6 +1,7 @@
 """Talk to the model of any stage: one prompt, or one after another from the terminal.
 
 python -m experiments.generate --from RUN/ppo --prompt "Tell me about the fox."
+
 python -m experiments.generate --from RUN/ppo
 """
 
@@ -107,7 +108,11 @@ def _prompts(prompt: str | None):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Generate, description=__doc__))
+        main(
+            tyro.cli(
+                Generate, prog="python -m experiments.generate", description=__doc__
+            )
+        )
     except (DataError, RunDirError, CheckpointError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:

@@ -1,7 +1,9 @@
 """The whole of InstructGPT: pre-training to a PPO-ptx policy and a report.
 
 python -m experiments.instructgpt                        # embedded simulation
+
 python -m experiments.instructgpt cpu --data DIR --run runs/real
+
 python -m experiments.instructgpt smoke --ppo.kl-coef 0.1
 
 Stages that are finished in --run are skipped; an interrupted one goes on where it was.

@@ -15,6 +15,7 @@ fullest moment of an iteration (`rlhf_jax.training.memory`), activations: their 
 """
 
 import dataclasses
+import math
 from typing import Annotated, Literal
 
 import tyro
@@ -58,7 +59,8 @@ class Plan:
     ptx_len: int = 2048
     """Tokens of a pre-training example (not published; GPT-3's context)."""
     devices: int = 64
-    """Devices that share parameters, episodes and text evenly."""
+    """Devices that share parameters, episodes and text; where a minibatch has fewer
+    rows than devices, the hours are of those that have one."""
     flops_per_second: float = 3.4e14
     """Of the model, by one device (an H100, bfloat16: 3.4e14 training 124M without
     `remat`, 3.2e14 training 1558M with `remat` block)."""
@@ -117,6 +119,10 @@ def row(cfg: Plan, name: str) -> list[str]:
     total = iterations * cfg.devices / DAY
     days = {phase: total * work.flops for phase, work in phases.items()}
     rates = cfg.flops_per_second, cfg.bytes_per_second
+    # of a minibatch with fewer rows than devices some have none, and wait
+    for phase, examples in (("update", 1), ("ptx", cfg.ptx_per_episode)):
+        mine = cfg.batch_size * examples / (cfg.devices * cfg.num_minibatches)
+        phases[phase] = math.ceil(mine) / max(mine, 1e-9) * phases[phase]
     hours = iterations * sum(w.seconds(*rates) for w in phases.values()) / 3600
     trained = sum(costs.training_bytes(m, cfg.devices) for m in (policy, reward))
     frozen = costs.param_bytes(policy, cfg.devices)  # its average
@@ -139,15 +145,16 @@ def row(cfg: Plan, name: str) -> list[str]:
         accelerator=True,
     )
     rows = text / (cfg.num_minibatches * cfg.num_microbatches)
-    logits = 2 * logits_bytes(policy, rows, text_row(cfg.ptx_len, True))
+    logits = 2 * logits_bytes(policy, rows, text_row(cfg.ptx_len, True)) * (text > 0)
     parts = (trained, frozen, cache, peak.activations, logits, peak.total)
     held = [f"{x / 2**30:.1f}" for x in parts]
+    days["rollout"] = days.pop("prefill") + days.pop("decoding")
     work = [f"{days[phase]:.2f}" for phase in ("rollout", "scores", "update", "ptx")]
     return [name, *held, *work, f"{sum(days.values()):.2f}", f"{hours:.1f}"]
 
 
 def main() -> None:
-    cfg = tyro.cli(Plan, description=__doc__)
+    cfg = tyro.cli(Plan, prog="python -m experiments.plan", description=__doc__)
     try:
         cfg.check()
     except ValueError as error:

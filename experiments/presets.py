@@ -255,14 +255,11 @@ def stiennon() -> InstructGPT:
     that does not end are not stated there: as in Ziegler's.
     """
     base = ziegler()
+    optimizer = dataclasses.replace(base.ppo.policy_optimizer, learning_rate=1.5e-5)
     ppo = dataclasses.replace(
         base.ppo,
-        policy_optimizer=dataclasses.replace(
-            base.ppo.policy_optimizer, learning_rate=1.5e-5
-        ),
-        value_optimizer=dataclasses.replace(
-            base.ppo.policy_optimizer, learning_rate=1.5e-5
-        ),
+        policy_optimizer=optimizer,
+        value_optimizer=optimizer,
         kl_coef=0.05,
         kl_target=None,
         value="separate",

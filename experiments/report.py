@@ -22,6 +22,7 @@ class Report:
 
 if __name__ == "__main__":
     try:
-        print(write_report(tyro.cli(Report, description=__doc__).run))
+        prog = "python -m experiments.report"
+        print(write_report(tyro.cli(Report, prog=prog, description=__doc__).run))
     except (OSError, RunDirError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error

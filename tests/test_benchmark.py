@@ -67,11 +67,13 @@ def test_the_figure_is_drawn_and_every_group_has_cases(tmp_path):
 
 
 def test_a_scaling_plot_has_every_axis(tmp_path, monkeypatch):
-    monkeypatch.setattr(scaling, "flops_per_second", lambda repeats, **shape: 1e9)
+    rates = np.array([0.5e9, 1e9])
+    monkeypatch.setattr(scaling, "flops_per_second", lambda repeats, **shape: rates)
     monkeypatch.setattr(scaling, "matmul_flops", lambda: 4e9)
     rows = scaling.scaling(tmp_path, 1)
     assert [row.case for row in rows] == [f"scaling/{axis}" for axis in scaling.AXES]
-    assert all(row.ratio == 1.0 for row in rows)
+    for row in rows:  # of every repetition over the base's best
+        assert (row.low, row.ratio, row.high) == (0.5, 0.75, 1.0)
     assert "0.25" in rows[0].note
     assert (tmp_path / "scaling.png").stat().st_size > 0
 

@@ -1,6 +1,7 @@
 """Speed and memory of ours beside what one would use instead, in one run.
 
 python -m experiments.benchmark                 # all groups
+
 python -m experiments.benchmark train generate  # some
 
 The other sides come with `pip install -e ".[bench]"`, tunix with `".[tunix]"`. Each row
@@ -144,7 +145,8 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    cfg = tyro.cli(Benchmark, description=__doc__)
+    prog = "python -m experiments.benchmark"
+    cfg = tyro.cli(Benchmark, prog=prog, description=__doc__)
     keep_freed_memory()  # for both sides: one process, one allocator
     on_cpu = jax.default_backend() == "cpu"
     console, rows = Console(), []

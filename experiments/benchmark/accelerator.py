@@ -24,6 +24,7 @@ from experiments.benchmark.timing import (
     copy_bytes,
     duel,
     matmul_flops,
+    row_of,
     seconds,
 )
 from experiments.benchmark.training import train_flops
@@ -58,9 +59,8 @@ def share(
 ) -> Row:
     """The time that the limits allow as a share of the time taken."""
     ratios = floor / np.array(times)
-    middle, low, high = map(float, (np.median(ratios), ratios.min(), ratios.max()))
     note = f"{1e3 * np.median(times):.2f} ms, floor {1e3 * floor:.2f} ms; {note}"
-    return Row(case, against, middle, low, high, "of the limit", goal, note)
+    return row_of(case, against, ratios, "of the limit", goal, note)
 
 
 def train(

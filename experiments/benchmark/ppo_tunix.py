@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from experiments.benchmark.ppo import Workload, our_iteration
-from experiments.benchmark.timing import Row, check_close, duel
+from experiments.benchmark.timing import Row, check_close, duel, row_of
 from experiments.benchmark.training import model_config
 from rlhf_jax.nn.config import TransformerConfig
 
@@ -258,12 +258,10 @@ def against_tunix(
     shares = [a / b for a, b in firsts]
     return [
         duel(case, ours, against, theirs, repeats, goal, what),
-        Row(
+        row_of(
             f"{case}/first",
             against,
-            float(np.median(shares)),
-            min(shares),
-            max(shares),
+            shares,
             "of its time",
             first_goal,
             f"{mine:.1f} s against {other:.1f} s, compilation included; {what}",

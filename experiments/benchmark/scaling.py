@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmark.timing import Row, matmul_flops, seconds
+from experiments.benchmark.timing import Row, matmul_flops, row_of, seconds
 from experiments.benchmark.training import model_config
 from rlhf_jax.data.batches import TokenBatch
 from rlhf_jax.nn.transformer import init_params
@@ -29,8 +29,8 @@ AXES = {
 
 def flops_per_second(
     batch: int, context: int, width: int, depth: int, repeats: int
-) -> float:
-    """Of a train step's products, its fastest of some; V = 8192."""
+) -> np.ndarray:
+    """Of a train step's products, in each of [repeats] updates; V = 8192."""
     shape = {"model_dim": width, "num_layers": depth, "max_len": context}
     cfg = dataclasses.replace(model_config(8192), **shape)
     ids = np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, context + 1))
@@ -50,7 +50,7 @@ def flops_per_second(
     seconds(update)
     tokens = batch * context
     work = 3 * costs.forward(cfg, tokens, costs.causal_keys(context), tokens)
-    return work.flops / min(seconds(update) for _ in range(max(2, repeats)))
+    return work.flops / np.array([seconds(update) for _ in range(max(2, repeats))])
 
 
 def scaling(out: Path, repeats: int) -> list[Row]:
@@ -59,36 +59,27 @@ def scaling(out: Path, repeats: int) -> list[Row]:
     Draws `scaling.png`: FLOP/s of every value as a share of a matrix product's.
     """
     limit = matmul_flops()
+    base = flops_per_second(**BASE, repeats=repeats) / limit
     shares = {
         axis: [
-            flops_per_second(**(BASE | {axis: value}), repeats=repeats) / limit
+            base
+            if value == BASE[axis]
+            else flops_per_second(**(BASE | {axis: value}), repeats=repeats) / limit
             for value in values
         ]
         for axis, values in AXES.items()
     }
-    draw(shares, out / "scaling.png")
+    best = {axis: [float(max(x)) for x in found] for axis, found in shares.items()}
+    draw(best, out / "scaling.png")
     rows = []
     for axis, values in AXES.items():
-        base = shares[axis][values.index(BASE[axis])]
-        ratios = [share / base for share in shares[axis]]
-        note = ", ".join(
-            f"{value}: {share:.2f}"
-            for value, share in zip(values, shares[axis], strict=True)
-        )
         against = f"{axis} {BASE[axis]}, to {values[-1]}"
-        low, high = min(ratios), max(ratios)
+        each = zip(values, best[axis], strict=True)
+        note = ", ".join(f"{value}: {share:.2f}" for value, share in each)
         note = f"share of {limit / 1e9:.0f} GFLOP/s at {note}"
+        ratios = shares[axis][-1] / max(base)
         rows.append(
-            Row(
-                f"scaling/{axis}",
-                against,
-                ratios[-1],
-                low,
-                high,
-                "of its FLOP/s",
-                None,
-                note,
-            )
+            row_of(f"scaling/{axis}", against, ratios, "of its FLOP/s", note=note)
         )
     return rows
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmark.timing import Row, duel
+from experiments.benchmark.timing import Row, duel, row_of
 from rlhf_jax.data.batches import TokenBatch
 from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.nn.transformer import init_params
@@ -128,12 +128,10 @@ def compile_depth(repeats: int) -> list[Row]:
     ratios = pairs[:, 0] / pairs[:, 1]
     deep, flat = np.median(pairs, axis=0)
     return [
-        Row(
+        row_of(
             "compile/depth",
             "5 layers (4 and fewer are unrolled)",
-            float(np.median(ratios)),
-            float(ratios.min()),
-            float(ratios.max()),
+            ratios,
             "of its compile time",
             1.1,
             f"48 layers {deep:.2f} s, 5 layers {flat:.2f} s",
@@ -178,18 +176,7 @@ def start_warm(repeats: int) -> list[Row]:
         f"after Python began; first run {times[0][0]:.1f} s; heavy modules loaded: "
         f"{loaded or 'none'}"
     )
-    return [
-        Row(
-            "start/warm",
-            "the clock",
-            float(np.median(total)),
-            float(total.min()),
-            float(total.max()),
-            "s",
-            1.0,
-            note,
-        )
-    ]
+    return [row_of("start/warm", "the clock", total, "s", 1.0, note)]
 
 
 _DEVICES = """
@@ -238,12 +225,10 @@ def devices(count: int, repeats: int) -> list[Row]:
     many, one = runs[len(runs) // 2]
     apart = max(abs(x - y) for x, y in zip(many["loss"], one["loss"], strict=True))
     return [
-        Row(
+        row_of(
             f"devices/{count}",
             "one device, same cores",
-            float(np.median(ratios)),
-            min(ratios),
-            max(ratios),
+            ratios,
             "of its time",
             1.05,
             f"{rows} rows: {1e3 * many['time']:.0f} ms against "

@@ -63,7 +63,7 @@ def duel(
     ms, their_ms = 1e3 * np.median(pairs, axis=0)
     times = f"{ms:.1f} ms against {their_ms:.1f} ms"
     note = f"{times}; {note}" if note else times
-    return _row(case, against, pairs[:, 1] / pairs[:, 0], goal, note)
+    return row_of(case, against, pairs[:, 1] / pairs[:, 0], goal=goal, note=note)
 
 
 def duel_by_tokens(
@@ -90,7 +90,7 @@ def duel_by_tokens(
     pairs = 1.0 / np.array(times)
     mine, other = np.median(pairs, axis=0)
     note = f"{mine:.0f} against {other:.0f} tokens/s"
-    return _row(case, against, pairs[:, 0] / pairs[:, 1], goal, note)
+    return row_of(case, against, pairs[:, 0] / pairs[:, 1], goal=goal, note=note)
 
 
 def _best(measure: Callable[[Callable[[], Any]], float], side: Any) -> float:
@@ -98,9 +98,17 @@ def _best(measure: Callable[[Callable[[], Any]], float], side: Any) -> float:
     return min(measure(side), measure(side))
 
 
-def _row(case, against, ratios, goal, note) -> Row:
-    middle, low, high = map(float, (np.median(ratios), ratios.min(), ratios.max()))
-    return Row(case, against, middle, low, high, "times as fast", goal, note)
+def row_of(
+    case: str,
+    against: str,
+    ratios: Any,
+    unit: str = "times as fast",
+    goal: float | None = None,
+    note: str = "",
+) -> Row:
+    """The line of a case with the ratio of each repetition, [n]."""
+    middle, low, high = (float(f(ratios)) for f in (np.median, np.min, np.max))
+    return Row(case, against, middle, low, high, unit, goal, note)
 
 
 def matmul_flops(size: int = 2048, repeats: int = 5, dtype: str = "float32") -> float:

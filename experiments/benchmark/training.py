@@ -2,6 +2,7 @@
 
 import functools
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -200,7 +201,10 @@ def demonstrations(repeats: int, vocab_size: int = 8192) -> list[Row]:
 
 
 def head(repeats: int, vocab_size: int = 50257) -> list[Row]:
-    """Loss and gradient of the head: in chunks against all logits at once."""
+    """Loss and gradient of the head: in chunks against all logits at once, which is
+    what it does with so few on accelerators: there is nothing to compare there."""
+    if jax.default_backend() != "cpu":
+        return []
     key = jax.random.key(0)
     hidden = jax.random.normal(key, (B, T, D))
     embedding = 0.02 * jax.random.normal(key, (vocab_size, D))
@@ -212,13 +216,9 @@ def head(repeats: int, vocab_size: int = 50257) -> list[Row]:
         )
 
     def compiled(max_logits: int):
-        before = language_modeling.MAX_LOGITS
-        language_modeling.MAX_LOGITS = max_logits
-        try:
+        with mock.patch.object(language_modeling, "MAX_LOGITS", max_logits):
             grad = jax.value_and_grad(lambda *args: loss(*args), argnums=(0, 1))
             return jax.jit(grad).lower(hidden, embedding).compile()
-        finally:
-            language_modeling.MAX_LOGITS = before
 
     cut, full = compiled(language_modeling.MAX_LOGITS), compiled(2**62)
     ours, theirs = lambda: cut(hidden, embedding), lambda: full(hidden, embedding)

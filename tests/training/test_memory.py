@@ -20,6 +20,7 @@ import pytest
 from meshes import some_devices
 
 from experiments.plan import Plan
+from experiments.plan import row as plan_row
 from experiments.presets import PRESETS
 from rlhf_jax.data.batches import TokenBatch
 from rlhf_jax.data.packed_rankings import PackedRankings
@@ -572,3 +573,29 @@ def test_a_plan_of_what_cannot_be_is_refused(changes, named):
     Plan(ptx_per_episode=0).check()
     with pytest.raises(ValueError, match=re.escape(named)):
         dataclasses.replace(Plan(), **changes).check()
+
+
+def planned(**changes) -> dict[str, float]:
+    """Of GPT-2 with slow products and fast memory, so that hours are those of FLOPs."""
+    shapes = {"policies": ("gpt2",), "reward_model": "gpt2", "ptx_len": 512}
+    cfg = Plan(episodes=512_000_000, **shapes)
+    rates = {"flops_per_second": 1e9, "bytes_per_second": 1e30}
+    _, *cells = plan_row(dataclasses.replace(cfg, **rates, **changes), "gpt2")
+    names = "trained frozen cache activations logits peak rollout scores update ptx all"
+    return dict(zip([*names.split(), "hours"], map(float, cells), strict=True))
+
+
+def test_devices_without_a_row_of_a_minibatch_wait():
+    """Its 64 rows are those of 64 devices; of 128 half have none."""
+    at = {devices: planned(devices=devices) for devices in (32, 64, 128)}
+    assert at[64]["hours"] == pytest.approx(at[32]["hours"] / 2, rel=1e-3)
+    update = at[64]["update"] / at[64]["all"] * at[64]["hours"]
+    expected = (at[64]["hours"] + update) / 2
+    assert at[128]["hours"] == pytest.approx(expected, rel=0.01)
+    assert at[128]["all"] == at[64]["all"]
+
+
+def test_a_plan_without_text_has_no_logits_of_it():
+    with_text, without = planned(), planned(ptx_per_episode=0)
+    assert with_text["logits"] > 0 == without["logits"] == without["ptx"]
+    assert without["hours"] < with_text["hours"]
