@@ -81,14 +81,14 @@ MUTATIONS = (
     Mutation(
         "score one token late",
         _ADVANTAGES,
-        "jnp.where(steps == lengths[:, None] - 1, scores",
-        "jnp.where(steps == lengths[:, None], scores",
+        "last = jnp.arange(R)[None] == lengths[:, None] - 1",
+        "last = jnp.arange(R)[None] == lengths[:, None]",
         _T_ADVANTAGES,
     ),
     Mutation(
         "KL penalty on padding",
         _ADVANTAGES,
-        "return jnp.where(steps < lengths[:, None], penalty + at_end, 0.0)",
+        "return jnp.where(response_mask(lengths, R), penalty + at_end, 0.0)",
         "return penalty + at_end",
         _T_ADVANTAGES,
     ),
@@ -116,8 +116,8 @@ MUTATIONS = (
     Mutation(
         "an episode that ends one token early",
         _ADVANTAGES,
-        "discounts = jnp.where(steps < lengths[:, None] - 1, gamma, 0.0)",
-        "discounts = jnp.where(steps < lengths[:, None] - 2, gamma, 0.0)",
+        "discounts = jnp.where(response_mask(lengths - 1, R), gamma, 0.0)",
+        "discounts = jnp.where(response_mask(lengths - 2, R), gamma, 0.0)",
         _T_ADVANTAGES,
     ),
     Mutation(
@@ -235,9 +235,30 @@ MUTATIONS = (
     Mutation(
         "sum over the pairs of a prompt",
         _RANKING,
-        "return jnp.sum(nll, axis=(1, 2)) / jnp.maximum(num_pairs, 1.0)",
-        "return jnp.sum(nll, axis=(1, 2))",
+        "return total / jnp.maximum(num_pairs, 1.0)",
+        "return total",
         "objectives/test_ranking.py",
+    ),
+    Mutation(
+        "labelers compared in the orders they were shown",
+        "rlhf_jax/evaluation/rankings.py",
+        "order = sorted(range(len(values)), key=ranking.responses.__getitem__)",
+        "order = list(range(len(values)))",
+        "evaluation/test_rankings.py",
+    ),
+    Mutation(
+        "samples of one prompt as independent trials",
+        "rlhf_jax/evaluation/statistics.py",
+        "squares = np.sum(np.bincount(index, weights=x - centre) ** 2)",
+        "squares = np.sum((x - centre) ** 2)",
+        "evaluation/test_statistics.py",
+    ),
+    Mutation(
+        "held-out text of the first document alone",
+        "rlhf_jax/data/schedule.py",
+        "return [i * count // kept for i in range(kept)]",
+        "return list(range(kept))",
+        "stages/test_comparison.py",
     ),
     Mutation(
         "a slot that reads what its last prompt left",
