@@ -9,6 +9,8 @@ python -m experiments.instructgpt smoke --ppo.kl-coef 0.1
 Stages that are finished in --run are skipped; an interrupted one goes on where it was.
 """
 
+import sys
+
 import jax
 
 from experiments.config import InstructGPT
@@ -40,6 +42,10 @@ def stages(cfg: InstructGPT, ctx: Context) -> None:
             ("eval_prompts", "test"),
         ]
     )
+    if not ctx.stage("pretrain").done:
+        for line in ctx.inputs.shared_prompts():
+            if jax.process_index() == 0:
+                print(f"warning: {ctx.inputs.root}: {line}", file=sys.stderr)
     pretrain.run(cfg.pretrain, cfg.tokenizer, ctx)
     sft.run(cfg.sft, ctx, "sft")
     sft.run(cfg.sft_rl, ctx, "sft_rl")

@@ -59,8 +59,8 @@ class Plan:
     ptx_len: int = 2048
     """Tokens of a pre-training example (not published; GPT-3's context)."""
     devices: int = 64
-    """Devices that share parameters, episodes and text; where a minibatch has fewer
-    rows than devices, the hours are of those that have one."""
+    """Devices that share parameters, episodes and text. Hours are those of the device
+    with most rows of a minibatch: beyond one row a device more of them do not help."""
     flops_per_second: float = 3.4e14
     """Of the model, by one device (an H100, bfloat16: 3.4e14 training 124M without
     `remat`, 3.2e14 training 1558M with `remat` block)."""
@@ -119,7 +119,7 @@ def row(cfg: Plan, name: str) -> list[str]:
     total = iterations * cfg.devices / DAY
     days = {phase: total * work.flops for phase, work in phases.items()}
     rates = cfg.flops_per_second, cfg.bytes_per_second
-    # of a minibatch with fewer rows than devices some have none, and wait
+    # where rows of a minibatch cannot be dealt evenly, some devices wait for others
     for phase, examples in (("update", 1), ("ptx", cfg.ptx_per_episode)):
         mine = cfg.batch_size * examples / (cfg.devices * cfg.num_minibatches)
         phases[phase] = math.ceil(mine) / max(mine, 1e-9) * phases[phase]

@@ -242,8 +242,8 @@ MUTATIONS = (
     Mutation(
         "labelers compared in the orders they were shown",
         "rlhf_jax/evaluation/rankings.py",
-        "order = sorted(range(len(values)), key=ranking.responses.__getitem__)",
-        "order = list(range(len(values)))",
+        "zip(*sorted(rows), strict=True)",
+        "zip(*rows, strict=True)",
         "evaluation/test_rankings.py",
     ),
     Mutation(

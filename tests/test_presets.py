@@ -52,7 +52,7 @@ def option(cfg: Any, path: str, value: Any) -> Any:
         ("ppo_ptx.num_slots", 4, "ppo_ptx.num_slots takes prompts in turn on one"),
         ("mesh.tensor", 3, "mesh: tensor = 3 does not divide the 8 devices"),
         ("mesh.fsdp", 16, "mesh: fsdp = 16 does not divide the 8 devices"),
-        ("ppo.clip", -1.0, "clip must be in (0, inf), got -1.0"),
+        ("ppo.clip", -1.0, "clip must be in (0, inf], got -1.0"),
     ],
 )
 def test_what_would_fail_late_is_refused_before_anything_runs(

@@ -77,7 +77,7 @@ def scaling(out: Path, repeats: int) -> list[Row]:
         each = zip(values, best[axis], strict=True)
         note = ", ".join(f"{value}: {share:.2f}" for value, share in each)
         note = f"share of {limit / 1e9:.0f} GFLOP/s at {note}"
-        ratios = shares[axis][-1] / max(base)
+        ratios = shares[axis][-1] / np.median(base)
         rows.append(
             row_of(f"scaling/{axis}", against, ratios, "of its FLOP/s", note=note)
         )

@@ -1,11 +1,11 @@
 """Where a run's text comes from: a directory of files, or the embedded simulation."""
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import os
-import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from rlhf_jax.data.sources import (
 class FilesConfig:
     """Which files of the data directory are what: globs, relative to it.
 
-    The split is the end of a file's name: `_valid`, `_test`, else train. A glob
-    `tfds:NAME` stands for a TFDS data set with the same fields.
+    The split is the end of a file's name: `_valid`, `_test`, else train, where a name
+    in another style (`x.test.jsonl`, `dev/x.txt`) is refused. A glob `tfds:NAME` stands
+    for a TFDS data set with the same fields.
     """
 
     corpus: tuple[str, ...] = ("corpus/*.txt", "corpus/*.txt.gz")
@@ -70,33 +71,6 @@ def cache_dir() -> Path:
     """Folder of prepared data and compiled programs: `RLHF_JAX_CACHE` or a default."""
     default = Path.home() / ".cache" / "rlhf_jax"
     return Path(os.environ.get("RLHF_JAX_CACHE", default))
-
-
-def shared_prompts(prompts: Mapping[tuple[str, Split], Set[str]]) -> list[str]:
-    """Says which held-out prompts are trained on too, and so are not held out.
-
-    Args:
-        prompts: of each purpose and split, as far as there are any.
-    """
-    preferences = ("rankings", "comparisons", "ranking_prompts")
-    learned: dict[tuple[str, Split], tuple[str, ...]] = {
-        ("demonstrations", "valid"): ("demonstrations",),
-        ("eval_prompts", "test"): ("demonstrations", *preferences, "ppo_prompts"),
-    }
-    for purpose in preferences:
-        learned[purpose, "valid"] = learned[purpose, "test"] = preferences
-    lines = []
-    for (purpose, split), others in learned.items():
-        held_out = prompts.get((purpose, split), set())
-        for other in others:
-            both = held_out & prompts.get((other, "train"), set())
-            if both:
-                lines.append(
-                    f"{len(both)} of {len(held_out)} prompts of {purpose} ({split}) "
-                    f"are in {other} (train) too: what is measured on them is not "
-                    "held out"
-                )
-    return lines
 
 
 class Inputs:
@@ -192,19 +166,44 @@ class Inputs:
         Raises:
             DataError: naming file, line and field, or what is missing.
         """
-        prompts: dict[tuple[str, Split], set[str]] = {}
         for purpose in _KINDS:
-            for split in SPLITS:
+            for split in SPLITS if purpose != "eval_prompts" else ("test",):
                 if (purpose, split) in required or self.has(purpose, split):
                     records = self.read(purpose, split)
-                    if purpose == "corpus":
-                        if self._tfds(purpose):  # files were checked when prepared
-                            for _ in records:
-                                pass
-                    else:
-                        prompts[purpose, split] = {record.prompt for record in records}
-        for line in shared_prompts(prompts):
-            print(f"{self.root}: {line}", file=sys.stderr)
+                    if self._tfds(purpose):  # files were checked when prepared
+                        for _ in records:
+                            pass
+
+    def shared_prompts(self) -> list[str]:
+        """Says which held-out prompts are trained on too, and so are not held out."""
+
+        @functools.cache
+        def prompts(purpose: str, split: Split) -> set[str]:
+            if not self.has(purpose, split):
+                return set()
+            return {record.prompt for record in self.read(purpose, split)}
+
+        ranked = ("rankings", "comparisons")
+        if not any(self.has(purpose, "train") for purpose in ranked):
+            ranked = ("ranking_prompts",)
+        pairs: list[tuple[str, Split, tuple[str, ...]]] = [
+            ("demonstrations", "valid", ("demonstrations",)),
+            *((purpose, "valid", ranked) for purpose in ranked),
+            *((purpose, "test", ranked) for purpose in ranked),
+            ("eval_prompts", "test", ("demonstrations", *ranked, "ppo_prompts")),
+        ]
+        lines = []
+        for purpose, split, others in pairs:
+            held_out = prompts(purpose, split)
+            for other in others:
+                both = held_out & prompts(other, "train")
+                if both:
+                    lines.append(
+                        f"{len(both)} of {len(held_out)} prompts of {purpose} ({split})"
+                        f" are in {other} (train) too: what is measured on them is not "
+                        "held out"
+                    )
+        return lines
 
     def fingerprint(self, *purposes_and_splits: tuple[str, Split]) -> dict[str, str]:
         """Content hash of each source a stage reads, to notice when it changes."""

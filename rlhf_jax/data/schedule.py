@@ -16,9 +16,10 @@ BatchT = TypeVar("BatchT")
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """Indices of at most so many of `count` things in order, spread over all of them.
+    """Indices of at most so many of `count` things, evenly spread over all in order.
 
-    The first would be those of the first file or document, where there are several.
+    Examples come file by file and text document by document: the first of them alone
+    would speak of one file.
     """
     kept = min(count, most)
     return [i * count // kept for i in range(kept)]

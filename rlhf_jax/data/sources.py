@@ -50,7 +50,7 @@ __all__ = [
     "read_rankings",
 ]
 
-_SCHEMA = 1  # part of the cache key: raise it when the stored features change
+_SCHEMA = 2  # part of the cache key: raise it when features or checks change
 _BLOCK = 1024  # records read at a time where all are read
 
 

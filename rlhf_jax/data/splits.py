@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from rlhf_jax.data.files import NoFilesError
 from rlhf_jax.data.records import DataError, Split
 
-_HELD_OUT = frozenset({"test", "valid", "validation", "val", "dev", "heldout"})
+_HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval", "heldout"}
 
 
 def find_files(root: Path | str, patterns: Sequence[str], split: Split) -> list[Path]:
@@ -50,7 +50,7 @@ def find_files(root: Path | str, patterns: Sequence[str], split: Split) -> list[
             )
     files = sorted(path for path in found if _split_of(path) == split)
     if split == "train":
-        _check_names(files)
+        _check_names(root, files)
     if not files:
         there = sorted(found) or sorted(p for p in root.rglob("*") if p.is_file())
         names = [str(path.relative_to(root)) for path in there[:12]]
@@ -79,12 +79,14 @@ def _stem(path: Path) -> str:
     return name.rpartition(".")[0] or name
 
 
-def _check_names(train: Sequence[Path]) -> None:
+def _check_names(root: Path, train: Sequence[Path]) -> None:
     """Refuses to train on what a name in another style than `_split_of` holds out."""
     for path in train:
-        words = re.split("[^a-z]+", _stem(path).lower())
-        held_out = _HELD_OUT.intersection(words)
-        if held_out and words[-1] != "train":
+        stem = _stem(path).lower().replace("held_out", "heldout")
+        words = re.findall("[a-z]+", stem.replace("held-out", "heldout"))
+        folders = [name.lower() for name in path.relative_to(root).parts[:-1]]
+        held_out = _HELD_OUT.intersection(words + folders)
+        if held_out and words[-1:] != ["train"]:
             raise DataError(
                 f"{path}: would be trained on, though its name says "
                 f"{min(held_out)!r}. Let it end in _valid, _test or _train (before "

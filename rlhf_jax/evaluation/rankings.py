@@ -86,7 +86,8 @@ def labeler_agreement(
     those on which they are held against each other.
 
     Args:
-        rankings: of the same prompts and responses, in any order, by several labelers.
+        rankings: of the same prompts and responses, in any order, by several labelers;
+            a pair of equal responses is nobody's preference.
         scores: of each ranking's responses, [K].
 
     Returns:
@@ -98,22 +99,22 @@ def labeler_agreement(
         if ranking.labeler is None:
             continue
         # in one order, whichever each labeler was shown or a comparison puts first
-        order = sorted(range(len(values)), key=ranking.responses.__getitem__)
-        responses = tuple(ranking.responses[k] for k in order)
-        ranks = tuple(ranking.ranks[k] for k in order)
-        told = dataclasses.replace(ranking, responses=responses, ranks=ranks)
-        groups[ranking.prompt, responses].append((told, np.asarray(values)[order]))
+        rows = zip(ranking.responses, ranking.ended, ranking.ranks, values, strict=True)
+        texts, ended, ranks, scores_of = zip(*sorted(rows), strict=True)
+        told = dataclasses.replace(ranking, responses=texts, ended=ended, ranks=ranks)
+        groups[ranking.prompt, texts, ended].append((told, np.asarray(scores_of)))
     agree: list[float] = []
     right: list[float] = []
     prompts: list[str] = []
-    for (prompt, _), group in groups.items():
+    for (prompt, *given), group in groups.items():
+        responses = list(zip(*given, strict=True))
         for (a, values), (b, _) in itertools.combinations(group, 2):
             if a.labeler == b.labeler:
                 continue
             for i, j in itertools.combinations(range(len(a.ranks)), 2):
                 first = np.sign(a.ranks[j] - a.ranks[i])  # 1: i is better
                 second = np.sign(b.ranks[j] - b.ranks[i])
-                if first and second:
+                if first and second and responses[i] != responses[j]:
                     margins = np.array([first, second]) * (values[i] - values[j])
                     agree.append(float(first == second))
                     right.append(float(_right(margins).mean()))

@@ -39,9 +39,9 @@ _NOTES = """\
 - **Intervals.** Every `x [low, high]` is a mean with its 95 % interval over held-out
   prompts (over batches of text for the pre-training loss). They measure how well these
   prompts, and these documents, stand for more of their kind; they do not include the
-  spread between training seeds. A verdict is wrong by chance in at most about one run
-  of forty; the {claims} claims share data and contain each other, so do not count them
-  as independent tests.
+  spread between training seeds. With a hundred prompts and more a verdict is wrong by
+  chance in at most about one run of forty, with few more often; the {claims} claims
+  share data and contain each other, so do not count them as independent tests.
 - **Verdicts** are computed: a claim *holds* where the whole interval lies above its
   threshold, *does not hold* where none of it does, and is *inconclusive* otherwise,
   where its input is missing, or where the judge is no judge of it.
@@ -196,14 +196,13 @@ def _models(run: RunData) -> str:
     ]
     if not labelled:
         return text + "\n\nThere are no metadata labels: nobody labelled the responses."
-    with_constraint = max(
-        estimate.n
-        for name in ordered
-        if (estimate := model_estimate(run, name, "metadata", "meets_constraints"))
+    constraints = (
+        model_estimate(run, name, "metadata", "meets_constraints") for name in ordered
     )
+    with_one = max((estimate.n for estimate in constraints if estimate), default=0)
     note = (
         "Shares of the responses to all prompts; of those that meet explicit "
-        f"constraints, to the {with_constraint} prompts that have one. Invented facts "
+        f"constraints, to the {with_one} prompts that have one. Invented facts "
         "are counted in all use cases; the paper counts closed-domain ones."
     )
     header = ["model", *METADATA_LABELS.values()]

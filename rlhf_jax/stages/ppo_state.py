@@ -1,6 +1,7 @@
 """Constants and state of PPO; every number InstructGPT did not publish says so."""
 
 import dataclasses
+from math import isfinite
 from typing import Any, Literal
 
 import jax
@@ -68,9 +69,10 @@ class PPOConfig:
     lam: float = 0.95
     """Of GAE (Ziegler, Stiennon; IG did not publish it)."""
     clip: float = 0.2
-    """Half width of the ratio's trust interval (IG: 0.2)."""
+    """Half width of the ratio's trust interval (IG: 0.2); inf clips nothing."""
     value_clip: float = 0.2
-    """Reward units a value may move per iteration (Ziegler; not published by IG)."""
+    """Reward units a value may move per iteration (Ziegler; not published by IG); inf
+    clips nothing."""
     value: Literal["separate", "shared"] = "separate"
     """A value model of its own, initialised from the reward model (IG, Stiennon), or a
     zero head on the policy's trunk (Ziegler)."""
@@ -113,7 +115,7 @@ class PPOConfig:
             )
         check_range(self, "[0, inf)", "kl_coef", "ptx_coef", "value_coef")
         check_range(self, "[0, 1]", "gamma", "lam")
-        check_range(self, "(0, inf)", "clip", "value_clip")
+        check_range(self, "(0, inf]", "clip", "value_clip")
         check_range(self, "[0, 1)", "ema_decay")
         check_range(self, "[1, inf)", "num_epochs", "num_minibatches")
         if self.value not in ("separate", "shared"):
@@ -127,11 +129,13 @@ class PPOConfig:
             )
         if self.kl_target is not None and not self.kl_target > 0:
             raise ValueError(f"kl_target must be above 0 or None, got {self.kl_target}")
-        if self.kl_target is not None and self.kl_horizon <= 0.2 * self.batch_size:
+        if self.kl_target is not None and not self.kl_horizon > 0.2 * self.batch_size:
             raise ValueError(
                 f"kl_horizon must be above 0.2 batch_size = {0.2 * self.batch_size:g}, "
                 f"got {self.kl_horizon:g}: kl_coef could change its sign at once"
             )
+        if self.missing_eos_score is not None and not isfinite(self.missing_eos_score):
+            raise ValueError(f"missing_eos_score is {self.missing_eos_score}")
         minibatch = self.batch_size // self.num_minibatches
         if self.batch_size % self.num_minibatches:
             raise ValueError(

@@ -99,7 +99,7 @@ def has_rankings(ctx: Context) -> bool:
     """Whether the data has rankings to train on, and none are collected.
 
     Raises:
-        DataError: it has, and the run has collected some: it is not said which count.
+        DataError: it has, and the run has collected some too: one would be ignored.
     """
     given = bool(_purposes(ctx, "train"))
     collected = _collected(ctx, "train")

@@ -92,7 +92,7 @@ def shared_prompt(
 
 
 def prefill(cfg: TransformerConfig, batch: float, prompt: int) -> Work:
-    """Keys and values of prompts [B, P], which the last block computes alone."""
+    """Keys and values of prompts [B, P]; the last block computes nothing else."""
     stem = prompt - 1
     unread = 20 * cfg.model_dim**2 * stem + 4 * cfg.model_dim * causal_pairs(stem)
     return forward(cfg, batch * stem, causal_keys(stem)) + Work(-batch * unread)

@@ -1,7 +1,6 @@
 """One train step for every stage: a loss and an optimizer composed into an update."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,9 +46,10 @@ def accumulate_gradients(
         num_microbatches: M; B must be divisible by it. Part m holds the rows m, m + M,
             ...: a batch that is sharded over devices stays on them.
         mesh: of devices that hold all parameters each, see `replicas`: every device
-            adds up its own rows, in no more parts than it has, and the sums meet once,
-            after all loops, where the rows can be dealt evenly. The loss must not draw
-            by `key`. None leaves it to XLA.
+            adds up its own rows, in M parts or, where it has not as many rows or they
+            cannot be cut so, in the next number that divides them; the sums meet once,
+            after all loops. So where the rows can be dealt evenly. The loss must not
+            draw by `key`. None leaves it to XLA.
 
     Returns:
         ((loss, extras), gradient).
@@ -66,7 +66,8 @@ def accumulate_gradients(
             "choose a divisor"
         )
     if mesh is not None and num_rows % mesh.size == 0:
-        parts = math.gcd(M, num_rows // mesh.size)
+        mine = num_rows // mesh.size
+        parts = next(n for n in range(min(M, mine), mine + 1) if mine % n == 0)
         local = functools.partial(accumulate_gradients, loss_fn, num_microbatches=parts)
         return _on_each_device(local, params, batch, key, mesh)
     if M == 1:

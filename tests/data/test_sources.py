@@ -235,20 +235,24 @@ def test_files_are_split_by_the_end_of_their_stem_and_sorted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["x_Test.jsonl", "x.valid.jsonl.gz", "dev-0.jsonl", "x_validation.jsonl"]
+    "name",
+    [
+        *("x_Test.jsonl", "x.valid.jsonl.gz", "dev-0.jsonl", "x_validation.jsonl"),
+        *("held_out.jsonl", "x_eval2.jsonl", "Test/part-0.jsonl"),
+    ],
 )
 def test_what_another_style_of_name_holds_out_is_not_trained_on(tmp_path, name):
-    touch(tmp_path, name, "test_train.jsonl", "latest.jsonl", "y_test.jsonl")
+    others = ("dev_train0.jsonl", "latest.jsonl", "test_train.jsonl")
+    touch(tmp_path, name, *others, "y_test.jsonl")
     with pytest.raises(DataError, match=f"{name}: would be trained on, though"):
-        sources.find_files(tmp_path, ("*",), "train")
-    others = ("test_train.jsonl", "latest.jsonl")
+        sources.find_files(tmp_path, ("*", "*/*"), "train")
     found = sources.find_files(tmp_path, others, "train")
-    assert [path.name for path in found] == sorted(others)
+    assert [path.name for path in found] == list(others)
     found = sources.find_files(tmp_path, ("*",), "test")
     assert [path.name for path in found] == ["y_test.jsonl"]
 
 
-def test_held_out_prompts_that_are_trained_on_are_told(tmp_path, monkeypatch, capfd):
+def test_held_out_prompts_that_are_trained_on_are_told(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
     fields = {
         "demonstrations": {"response": "r"},
@@ -269,10 +273,10 @@ def test_held_out_prompts_that_are_trained_on_are_told(tmp_path, monkeypatch, ca
     write("rankings/x_valid", "b", "g")
     write("comparisons/x_test", "f", "h", "i")
     write("prompts/ppo", "j", "k")
+    write("prompts/rank_train", "b", "m")  # nobody ranks them: there are rankings
     write("prompts/eval_test", "l", "k", "m", "c")
     inputs = Inputs(tmp_path, FilesConfig(), SimulationConfig(), tmp_path / "run")
-    inputs.check([])
-    told = capfd.readouterr().err
+    told = "\n".join(inputs.shared_prompts())
     assert "1 of 3 prompts of comparisons (test) are in rankings (train) too" in told
     assert "1 of 4 prompts of eval_prompts (test) are in demonstrations (tr" in told
     assert "1 of 4 prompts of eval_prompts (test) are in ppo_prompts (train)" in told

@@ -123,6 +123,17 @@ def test_labelers_who_saw_the_responses_in_another_order_agree_as_much():
     assert labeler_agreement(rankings, scores) == labeler_agreement(shuffled, moved)
 
 
+def test_equal_responses_are_one_wherever_they_stand():
+    """Two of three are the same text: who saw them swapped says the same."""
+    a = Ranking("p", ("x", "x", "y"), (1, 3, 2), (True,) * 3, "a")
+    b = dataclasses.replace(a, ranks=(3, 1, 2), labeler="b")
+    found = labeler_agreement([a, b], [np.array([1.0, 1.0, 0.0])] * 2)
+    assert found is not None
+    assert (found[0].mean, found[1].mean) == (1.0, -0.5)  # x, y: ordered both ways
+    cut = dataclasses.replace(b, ended=(True, False, True))  # other responses
+    assert labeler_agreement([a, cut], [np.zeros(3)] * 2) is None
+
+
 def test_labelers_who_prefer_the_other_response_of_a_comparison_disagree():
     """A comparison puts the chosen response first, whichever that is."""
     fields = {"prompt": "p", "chosen": "x", "rejected": "y", "labeler": "a"}

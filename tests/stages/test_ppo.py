@@ -543,6 +543,8 @@ def test_replicas_add_up_what_one_device_does(whole):
         ({"ptx_coef": -1.0}, "ptx_coef"),
         ({"value_coef": -0.1}, "value_coef"),
         ({"clip": 0.0}, "clip"),
+        ({"kl_target": 1.0, "kl_horizon": float("nan")}, "kl_horizon"),
+        ({"missing_eos_score": float("-inf")}, "missing_eos_score"),
         ({"kl_target": 0.0}, "kl_target must be above 0 or None, got 0"),
         ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_coef is 0, which kl_target multipli"),
         ({"kl_target": 1.0, "kl_horizon": 1.6}, "kl_horizon .* batch_size = 1.6"),

@@ -96,10 +96,16 @@ def test_the_gradient_is_that_of_the_whole_batch():
     np.testing.assert_allclose(grads["b"], offset, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("num_microbatches", "rows_a_part"), [(2, 4), (8, 1), (32, 1)])
-def test_replicas_cut_no_further_than_a_row_a_device(num_microbatches, rows_a_part):
-    """More parts than rows would be filled up, and computed, on every device."""
-    mesh, params, batch = some_devices(4, 1), make_params(), make_batch(32)
+@pytest.mark.parametrize(
+    ("num_rows", "num_microbatches", "rows_a_part"),
+    [(32, 2, 4), (32, 8, 1), (32, 32, 1), (48, 16, 1), (48, 8, 1), (48, 3, 4)],
+)
+def test_replicas_cut_no_further_than_a_row_a_device(
+    num_rows, num_microbatches, rows_a_part
+):
+    """More parts than rows would be filled up, and computed, on every device; fewer
+    parts than asked for would hold more than was planned."""
+    mesh, params, batch = some_devices(4, 1), make_params(), make_batch(num_rows)
     seen = []
 
     def loss_fn(params, batch, key):
