@@ -76,9 +76,8 @@ def accumulate_gradients(
     def part(carry, part_and_index):
         rows, index = part_and_index
         (loss, extras), grads = grad_fn(params, rows, jax.random.fold_in(key, index))
-        sums = jax.tree.map(lambda x: x if x.ndim == 0 else None, extras)
-        arrays = jax.tree.map(lambda x: None if x.ndim == 0 else x, extras)
-        return jax.tree.map(jnp.add, carry, (loss, sums, grads)), arrays
+        scalars, arrays = _split(extras)
+        return jax.tree.map(jnp.add, carry, (loss, scalars, grads)), arrays
 
     parts = jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(-1, M, *x.shape[1:]), 0, 1), batch
@@ -86,17 +85,26 @@ def accumulate_gradients(
     xs = (parts, jnp.arange(M))
     shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], parts), key)
     (loss, extras), grads = shapes
-    scalars = jax.tree.map(lambda x: x if x.ndim == 0 else None, extras)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, scalars, grads))
+    sums = loss, _split(extras)[0], grads
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     (loss, scalars, grads), arrays = jax.lax.scan(part, zeros, xs)
+    arrays = jax.tree.map(
+        lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), arrays
+    )
+    return (loss, _joined(scalars, arrays)), grads
 
-    def whole(scalar, rows):
-        if rows is None:
-            return scalar
-        return jnp.swapaxes(rows, 0, 1).reshape(-1, *rows.shape[2:])
 
-    is_none = lambda x: x is None  # noqa: E731
-    return (loss, jax.tree.map(whole, scalars, arrays, is_leaf=is_none)), grads
+def _split(extras):
+    """Scalars, which are sums, and arrays of the rows; None where the other has it."""
+    return (
+        jax.tree.map(lambda x: x if x.ndim == 0 else None, extras),
+        jax.tree.map(lambda x: x if x.ndim else None, extras),
+    )
+
+
+def _joined(scalars, arrays):
+    either = lambda x, y: y if x is None else x  # noqa: E731
+    return jax.tree.map(either, scalars, arrays, is_leaf=lambda x: x is None)
 
 
 def _on_each_device(local, params, batch, key, mesh):
@@ -105,15 +113,9 @@ def _on_each_device(local, params, batch, key, mesh):
 
     def on_device(params, batch, key):
         (loss, extras), grads = local(params, batch, key)
-        scalars = jax.tree.map(lambda x: x if x.ndim == 0 else None, extras)
+        scalars, arrays = _split(extras)
         loss, scalars, grads = jax.lax.psum((loss, scalars, grads), axes)
-        extras = jax.tree.map(
-            lambda x, total: x if total is None else total,
-            extras,
-            scalars,
-            is_leaf=lambda x: x is None,
-        )
-        return (loss, extras), grads
+        return (loss, _joined(scalars, arrays)), grads
 
     # Shapes alone: parameters that name the mesh here belong to no single device.
     def shapes(tree, parts=1):
