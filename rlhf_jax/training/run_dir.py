@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -174,8 +175,15 @@ class StageDir:
         return file_hash(self.path / "config.json")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Marks the stage as finished, with what it measured."""
+        """Marks the stage as finished, with what it measured, and tells its numbers."""
         write_text(self.path / "done.json", json.dumps(summary, indent=2) + "\n")
+        if jax.process_index() == 0:
+            told = "".join(
+                f", {name} {x if isinstance(x, int) else round(x, 4)}"
+                for name, x in summary.items()
+                if isinstance(x, int | float)
+            )
+            print(f"{self.path}: finished{told}", file=sys.stderr)
 
     def summary(self) -> dict[str, Any]:
         """What `finish` was given."""

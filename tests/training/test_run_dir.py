@@ -149,9 +149,10 @@ def test_a_fingerprint_covers_config_data_and_parents(tmp_path):
 def test_a_stage_is_done_when_its_summary_is_written(tmp_path, capsys):
     stage = opened(tmp_path / "sft")
     assert not stage.done
-    stage.finish({"loss": 1.5})
-    assert stage.done and stage.summary() == {"loss": 1.5}
-    assert capsys.readouterr().out == ""
+    stage.finish({"loss": 1.5, "by_epoch": {"a": 1}})
+    assert stage.done and stage.summary() == {"loss": 1.5, "by_epoch": {"a": 1}}
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.endswith("sft: finished, loss 1.5\n")
     opened(tmp_path / "sft")  # nothing is left to do, and that is said
     assert capsys.readouterr().out == f"sft: finished before, see {tmp_path / 'sft'}\n"
 
