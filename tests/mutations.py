@@ -249,8 +249,8 @@ MUTATIONS = (
     Mutation(
         "samples of one prompt as independent trials",
         "rlhf_jax/evaluation/statistics.py",
-        "squares = np.sum(np.bincount(index, weights=x - centre) ** 2)",
-        "squares = np.sum((x - centre) ** 2)",
+        "size = min(max(together / apart, 1.0), size)",
+        "size = 1.0",
         "evaluation/test_statistics.py",
     ),
     Mutation(
@@ -627,8 +627,8 @@ MUTATIONS = (
     Mutation(
         "only the last microbatch counts",
         _STEP,
-        "return jax.tree.map(jnp.add, carry, (loss, sums, grads)), arrays",
-        "return (loss, sums, grads), arrays",
+        "return jax.tree.map(jnp.add, carry, (loss, scalars, grads)), arrays",
+        "return (loss, scalars, grads), arrays",
         "training/test_step.py",
     ),
     Mutation(

@@ -108,18 +108,17 @@ def mean_estimate(values: ArrayLike, clusters: ArrayLike | None = None) -> Estim
     if num_clusters == 1:
         return Estimate(mean, -math.inf, math.inf, 1)
     variance = num_clusters / (num_clusters - 1) * float(np.sum(sums**2)) / x.size**2
-    from scipy.special import stdtrit  # an eighth of what a command imports
-
-    half = float(stdtrit(num_clusters - 1, _UPPER_TAIL)) * math.sqrt(variance)
+    half = _student(num_clusters) * math.sqrt(variance)
     return Estimate(mean, mean - half, mean + half, num_clusters)
 
 
 def rate_estimate(values: ArrayLike, clusters: ArrayLike | None = None) -> Estimate:
     """Mean of values in [0, 1] with a 95 % interval that never collapses.
 
-    c +- z sqrt(sum_g (sum_{i in g} (x_i - c))^2) / n, cut to [0, 1], where the sums run
-    over the sample with z^2 clusters of mean size added, half of them 0 and half 1, and
-    c is its mean
+    c +- q sqrt(sum_g (sum_{i in g} (x_i - c))^2) / n, cut to [0, 1], where the sums run
+    over the sample with z^2 clusters of d values each added, half of them 0 and half 1,
+    and c is its mean. d, at least 1 and at most the mean size of a cluster, is how many
+    times the clusters raise the variance of the mean; q = z t_{G-1} / t_{n-1}.
 
     On independent values of 0 and 1 this is Agresti and Coull's interval; it also holds
     for ties (1/2) and probabilities, and G equal clusters keep a width of order 1 / G.
@@ -136,7 +135,8 @@ def rate_estimate(values: ArrayLike, clusters: ArrayLike | None = None) -> Estim
         ValueError: `values` is empty, not finite or outside [0, 1], or `clusters` has
             another length.
 
-    Source: Agresti and Coull 1998; the use for clusters and values between is ours.
+    Source: Agresti and Coull 1998; Korn and Graubard 1998 and Dean and Pagano 2015 for
+        clusters (an effective sample size n / d); the use for values between is ours.
     """
     x = _sample(values)
     _check_rates(x)
@@ -148,7 +148,7 @@ def rate_difference(
 ) -> Estimate:
     """Difference a - b of two rates over the same units, never of zero width.
 
-    As `rate_estimate`, cut to [-1, 1], with two clusters of mean size added: half a 1,
+    As `rate_estimate`, cut to [-1, 1], with two clusters of d values added: half a 1,
     half a -1 and one 0.
 
     Args:
@@ -192,20 +192,33 @@ def _with_pseudo_clusters(
     Args:
         x: [n], between the least and the largest of the added values.
         clusters: as in `mean_estimate`.
-        pseudo: values and how many clusters of mean size have each.
+        pseudo: values and how many clusters have each, see `rate_estimate`.
     """
     index = _cluster_index(x, clusters)
-    sizes = np.bincount(index)
-    size = x.size / sizes.size
+    num_clusters, mean = int(index.max()) + 1, float(x.mean())
+    apart = float(np.sum((x - mean) ** 2))  # of independent values
+    size = x.size / num_clusters
+    if apart > 0:
+        together = float(np.sum(np.bincount(index, weights=x - mean) ** 2))
+        size = min(max(together / apart, 1.0), size)
     total = x.size + size * sum(pseudo.values())
     centre = (x.sum() + size * sum(v * w for v, w in pseudo.items())) / total
     squares = np.sum(np.bincount(index, weights=x - centre) ** 2)
     squares += size**2 * sum(w * (v - centre) ** 2 for v, w in pseudo.items())
-    half = _Z * math.sqrt(squares) / total
-    mean = float(x.mean())
+    quantile = _Z
+    if num_clusters < x.size:
+        quantile *= _student(num_clusters) / _student(x.size)
+    half = quantile * math.sqrt(squares) / total
     low = min(max(float(centre) - half, min(pseudo)), mean)
     high = max(min(float(centre) + half, max(pseudo)), mean)
-    return Estimate(mean, low, high, sizes.size)
+    return Estimate(mean, low, high, num_clusters)
+
+
+def _student(count: int) -> float:
+    """The quantile of Student's t that leaves 2.5 % above, of so many units."""
+    from scipy.special import stdtrit  # an eighth of what a command imports
+
+    return float(stdtrit(count - 1, _UPPER_TAIL)) if count > 1 else math.inf
 
 
 def _cluster_index(x: np.ndarray, clusters: ArrayLike | None) -> np.ndarray:
