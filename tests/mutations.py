@@ -256,8 +256,8 @@ MUTATIONS = (
     Mutation(
         "held-out text of the first document alone",
         "rlhf_jax/data/schedule.py",
-        "return [i * count // kept for i in range(kept)]",
-        "return list(range(kept))",
+        "return [items[i * count // kept] for i in range(kept)]",
+        "return list(items[:kept])",
         "stages/test_comparison.py",
     ),
     Mutation(

@@ -6,23 +6,24 @@ to resume is to ask for the next step. Process p of n holds the rows
 `[p B / n, (p + 1) B / n)` of every global batch, unless examples share rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
 
 Shard = tuple[int, int]
 BatchT = TypeVar("BatchT")
+ItemT = TypeVar("ItemT")
 
 
-def evenly(count: int, most: int) -> list[int]:
-    """Indices of at most so many of `count` things, evenly spread over all in order.
+def evenly(items: Sequence[ItemT], most: int) -> list[ItemT]:
+    """At most so many of the items, evenly spread over all in order.
 
     Examples come file by file and text document by document: the first of them alone
     would speak of one file.
     """
-    kept = min(count, most)
-    return [i * count // kept for i in range(kept)]
+    count, kept = len(items), min(len(items), most)
+    return [items[i * count // kept] for i in range(kept)]
 
 
 class Batches(Generic[BatchT]):

@@ -1,6 +1,5 @@
 """How well scores predict rankings, beside length alone and the labelers themselves."""
 
-import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
@@ -94,26 +93,25 @@ def labeler_agreement(
         The rate of agreement, and the share of orders that the scores predict minus
         it, both clustered by prompt; None where no two labelers ranked the same.
     """
-    groups: dict[Any, list[tuple[Ranking, np.ndarray]]] = defaultdict(list)
+    groups: dict[Any, list[tuple[str, Any, Any]]] = defaultdict(list)
     for ranking, values in zip(rankings, scores, strict=True):
         if ranking.labeler is None:
             continue
         # in one order, whichever each labeler was shown or a comparison puts first
         rows = zip(ranking.responses, ranking.ended, ranking.ranks, values, strict=True)
-        texts, ended, ranks, scores_of = zip(*sorted(rows), strict=True)
-        told = dataclasses.replace(ranking, responses=texts, ended=ended, ranks=ranks)
-        groups[ranking.prompt, texts, ended].append((told, np.asarray(scores_of)))
+        texts, ended, ranks, own = zip(*sorted(rows), strict=True)
+        groups[ranking.prompt, texts, ended].append((ranking.labeler, ranks, own))
     agree: list[float] = []
     right: list[float] = []
     prompts: list[str] = []
     for (prompt, *given), group in groups.items():
         responses = list(zip(*given, strict=True))
-        for (a, values), (b, _) in itertools.combinations(group, 2):
-            if a.labeler == b.labeler:
+        for (one, a, values), (other, b, _) in itertools.combinations(group, 2):
+            if one == other:
                 continue
-            for i, j in itertools.combinations(range(len(a.ranks)), 2):
-                first = np.sign(a.ranks[j] - a.ranks[i])  # 1: i is better
-                second = np.sign(b.ranks[j] - b.ranks[i])
+            for i, j in itertools.combinations(range(len(a)), 2):
+                first = np.sign(a[j] - a[i])  # 1: i is better
+                second = np.sign(b[j] - b[i])
                 if first and second and responses[i] != responses[j]:
                     margins = np.array([first, second]) * (values[i] - values[j])
                     agree.append(float(first == second))

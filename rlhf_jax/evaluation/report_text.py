@@ -177,8 +177,8 @@ def _models(run: RunData) -> str:
         for quantity, _, unit in MODEL_COLUMNS:
             text = cell(run.evaluation, EVALUATION, unit, "models", name, quantity)
             if quantity == "win_rate_vs_sft" and text != NOT_MEASURED:
-                text += _outcomes(run.evaluation["models"][name])
-                text = "50 % (itself)" if name == "sft" else text
+                outcomes = _outcomes(run.evaluation["models"][name])
+                text = "50 % (itself)" if name == "sft" else text + outcomes
             row.append(text)
         rows.append(row)
     header = ["model", *(title for _, title, _ in MODEL_COLUMNS)]

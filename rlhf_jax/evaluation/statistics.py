@@ -77,39 +77,29 @@ class Estimate:
         return Estimate(0.0 - self.mean, 0.0 - self.high, 0.0 - self.low, self.n)
 
 
-def mean_estimate(values: ArrayLike, clusters: ArrayLike | None = None) -> Estimate:
+def mean_estimate(values: ArrayLike) -> Estimate:
     """Mean of a sample with its 95 % Student-t interval.
 
-    mean +- t_{G-1} sqrt(G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2) / n
+    mean +- t_{n-1} s / sqrt(n),  s^2 = sum_i (x_i - mean)^2 / (n - 1)
 
-    over G clusters g of values that belong together (several responses to one prompt);
-    without clusters every value is its own, and this is the textbook interval. A
-    constant sample has a zero width: what is a share or a rate goes to `rate_estimate`.
+    A constant sample has a zero width: a share or a rate goes to `rate_estimate`.
 
     Args:
-        values: [n], finite, in any unit.
-        clusters: [n], a label per value; None where the values are independent.
+        values: [n], finite and independent, in any unit: one a prompt or batch.
 
     Returns:
-        The mean in the unit of `values`, with `n` = G; one cluster alone bounds
-        nothing, and its interval is (-inf, inf).
+        The mean in the unit of `values`; one value alone bounds nothing, and its
+        interval is (-inf, inf).
 
     Raises:
-        ValueError: `values` is empty or not finite, or `clusters` has another length.
-
-    Source: Liang and Zeger 1986 for the clusters; few-cluster t as in Cameron and
-        Miller 2015.
+        ValueError: `values` is empty or not finite.
     """
     x = _sample(values)
-    index = _cluster_index(x, clusters)
     mean = float(x.mean())
-    sums = np.bincount(index, weights=x - mean)
-    num_clusters = sums.size
-    if num_clusters == 1:
+    if x.size == 1:
         return Estimate(mean, -math.inf, math.inf, 1)
-    variance = num_clusters / (num_clusters - 1) * float(np.sum(sums**2)) / x.size**2
-    half = _student(num_clusters) * math.sqrt(variance)
-    return Estimate(mean, mean - half, mean + half, num_clusters)
+    half = _student(x.size) * float(x.std(ddof=1)) / math.sqrt(x.size)
+    return Estimate(mean, mean - half, mean + half, x.size)
 
 
 def rate_estimate(values: ArrayLike, clusters: ArrayLike | None = None) -> Estimate:
@@ -191,7 +181,7 @@ def _with_pseudo_clusters(
 
     Args:
         x: [n], between the least and the largest of the added values.
-        clusters: as in `mean_estimate`.
+        clusters: as in `rate_estimate`.
         pseudo: values and how many clusters have each, see `rate_estimate`.
     """
     index = _cluster_index(x, clusters)

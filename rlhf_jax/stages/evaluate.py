@@ -93,8 +93,7 @@ def run(cfg: EvaluateConfig, ctx: Context) -> None:
     check_compatible("reward_model", reward, "sft_rl", reference)
     records = ctx.inputs.read("eval_prompts", "test")
     prompts = list(dict.fromkeys(record.prompt for record in records))
-    prompts = fitting(prompts, reference, cfg.prompt_len)
-    prompts = [prompts[i] for i in evenly(len(prompts), cfg.num_prompts)]
+    prompts = evenly(fitting(prompts, reference, cfg.prompt_len), cfg.num_prompts)
     if not prompts:
         raise DataError(f"no held-out prompt has at most {cfg.prompt_len} tokens")
     measure = Measurer(reference, reward, prompts, cfg, ctx)
@@ -233,7 +232,7 @@ class Measurer:
         """
         losses = []
         whole = max(1, self._text.num_examples // heldout_rows())
-        for step in evenly(whole, self._cfg.text_batches):
+        for step in evenly(range(whole), self._cfg.text_batches):
             batch = pad_rows(self._text(step), num_local_shards(self._ctx.mesh))
             batch = shard_batch(self._ctx.mesh, batch)
             total, count = self._sums(params, batch)

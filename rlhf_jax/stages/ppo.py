@@ -75,10 +75,10 @@ def optimize(
         ppo_loss, scalars=scalars, cfg=cfg, model=model, reward_model=reward_model
     )
     ptx_fn = functools.partial(ptx_loss, model=model)
-    num_ptx_rows = inputs.ptx_tokens.shape[0]
-    if num_ptx_rows != cfg.num_ptx_rows:
+    given = inputs.ptx_tokens.shape[0]
+    if given != cfg.num_ptx_rows:
         raise ValueError(
-            f"inputs hold {num_ptx_rows} pre-training rows, and by ptx_coef "
+            f"inputs hold {given} pre-training rows, and by ptx_coef "
             f"{cfg.ptx_coef}, batch_size and ptx_per_episode there must be "
             f"{cfg.num_ptx_rows}"
         )
@@ -123,7 +123,7 @@ def optimize(
         )
         metrics["policy/ratio_error"] = ratio_error
         metrics["policy/ppo_grad_norm"] = optax.tree.norm(grads["policy"])
-        if num_ptx_rows:
+        if cfg.num_ptx_rows:
             ptx_batch = (
                 inputs.ptx_tokens[ptx_rows],
                 inputs.ptx_targets[ptx_rows],
@@ -177,7 +177,7 @@ def optimize(
 
     num_updates = cfg.num_epochs * M
     rows = permutations(10**6, cfg.batch_size)
-    ptx_rows = permutations(10**6 + 1, num_ptx_rows)
+    ptx_rows = permutations(10**6 + 1, cfg.num_ptx_rows)
     carry = (state.params, state.opt_state, state.ema)
     (params, opt_state, ema), history = jax.lax.scan(
         minibatch, carry, (jnp.arange(num_updates), rows, ptx_rows)

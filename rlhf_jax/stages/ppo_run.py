@@ -237,7 +237,7 @@ def make_evaluate(
     """Returns `(state, step) -> metrics` on held-out prompts; keeps samples to read."""
     records = ctx.inputs.read("eval_prompts", "test")
     prompts = fitting([r.prompt for r in records], reference, cfg.prompt_len)
-    prompts = [prompts[i] for i in evenly(len(prompts), cfg.eval_prompts)]
+    prompts = evenly(prompts, cfg.eval_prompts)
     sampler = Sampler(reference, cfg.sampling, cfg.prompt_len, cfg.eval_prompts, ctx)
     rows = heldout_rows()
     text = corpus_batches(ctx, reference.tokenizer, "valid", rows, cfg.ptx_len, None)

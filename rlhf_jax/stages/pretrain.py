@@ -130,7 +130,7 @@ def make_heldout_loss(
     """
     sums = jit_measure(sum_logprobs, mesh, model=model)
     count = batches.steps_per_epoch
-    steps = evenly(count, count if max_batches is None else max_batches)
+    steps = evenly(range(count), count if max_batches is None else max_batches)
     shards = num_local_shards(mesh)
     kept = [pad_rows(batches(step), shards) for step in steps]
 

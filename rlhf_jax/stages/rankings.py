@@ -206,7 +206,7 @@ def evaluate_rankings(
             if split != "test":
                 known |= {ranking.labeler for ranking in records}
             if split == "train":
-                records = [records[i] for i in evenly(len(records), 128)]
+                records = evenly(records, 128)
             kept, scores, lengths = scorer(params, records)
             if not kept:
                 print(f"{file}: no ranking fits the reward model; left out")

@@ -224,8 +224,8 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         encoded[split] = scorer.encode(rankings[split], f"rankings ({split})")
     valid = rankings["valid"]
     demonstrations = ctx.inputs.read("demonstrations", "train")
-    some = evenly(len(demonstrations), cfg.num_centering)
-    centering = fitting_demonstrations(scorer, [demonstrations[i] for i in some])
+    some = evenly(demonstrations, cfg.num_centering)
+    centering = fitting_demonstrations(scorer, some)
     batches, row, num_rows = training_batches(cfg, ctx, encoded["train"], base.cfg)
     lengths = ("reward_model.prompt_len", "reward_model.response_len")
     batch = (num_rows, cfg.num_microbatches)

@@ -46,10 +46,10 @@ def accumulate_gradients(
         num_microbatches: M; B must be divisible by it. Part m holds the rows m, m + M,
             ...: a batch that is sharded over devices stays on them.
         mesh: of devices that hold all parameters each, see `replicas`: every device
-            adds up its own rows, in M parts or, where it has not as many rows or they
-            cannot be cut so, in the next number that divides them; the sums meet once,
-            after all loops. So where the rows can be dealt evenly. The loss must not
-            draw by `key`. None leaves it to XLA.
+            adds up its own rows, where they can be dealt evenly, and the sums meet
+            once, after all loops. It cuts them into M parts, or the next number that
+            divides them, but no more than there are rows. The loss must not draw by
+            `key`. None leaves all to XLA.
 
     Returns:
         ((loss, extras), gradient).
