@@ -68,6 +68,11 @@ class EncodedRankings:
     pad_id: int
 
     @property
+    def records(self) -> list[Ranking]:
+        """The kept ones without the responses that were too long."""
+        return [ranking.record for ranking in self.kept]
+
+    @property
     def num_dropped(self) -> int:
         """Rankings left out."""
         return self.num_read - len(self.kept)

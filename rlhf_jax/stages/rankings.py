@@ -39,7 +39,7 @@ class RankingLimits(Protocol):
 
 
 class RankingScorer:
-    """Scores of whole rankings as text, in batches of one shape a call."""
+    """Scores of whole rankings, in batches of one shape a call."""
 
     def __init__(self, cfg: RankingLimits, model: Model, ctx: Context):
         self._cfg, self._model, self._ctx = cfg, model, ctx
@@ -55,23 +55,19 @@ class RankingScorer:
         return encode_rankings(rankings, model.tokenizer, model.format, *limits, name)
 
     def __call__(
-        self, params: Any, rankings: Sequence[Ranking]
-    ) -> tuple[list[Ranking], list[np.ndarray], np.ndarray]:
-        """Scores every ranking that fits the model, in order.
+        self, params: Any, rankings: EncodedRankings
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Scores every ranking, in order.
 
         Args:
             params: `{"transformer", "head"}`.
-            rankings: may hold responses that are too long; they are left out.
+            rankings: of `encode`, at least one.
 
         Returns:
-            The rankings as scored (over-long responses removed, rankings without an
-            ordered pair left out), the scores of each, float32 [K], and the lengths of
-            all their responses in tokens, flattened in the same order.
+            The scores of each, float32 [K], and the lengths of all their responses in
+            tokens, flattened in the same order.
         """
-        encoded = self.encode(rankings)
-        if not encoded.kept:
-            return [], [], np.zeros((0,), np.int64)
-        batches = ranking_batches(encoded, self._rows, None)
+        batches = ranking_batches(rankings, self._rows, None)
         scores: list[np.ndarray] = []
         lengths: list[np.ndarray] = []
         for step in range(batches.steps_per_epoch):
@@ -91,8 +87,7 @@ class RankingScorer:
                 if present.any():
                     scores.append(values[row][present])
                     lengths.append(np.asarray(host.response_lengths[row])[present])
-        kept = [ranking.record for ranking in encoded.kept]
-        return kept, scores, np.concatenate(lengths)
+        return scores, np.concatenate(lengths)
 
 
 def has_rankings(ctx: Context) -> bool:
@@ -162,7 +157,7 @@ def accuracy(scores: Sequence[np.ndarray], ranks: Sequence[Sequence[int]]) -> fl
 
 def fitting_demonstrations(
     scorer: RankingScorer, demonstrations: Sequence[Demonstration]
-) -> list[Ranking]:
+) -> EncodedRankings:
     """Those that fit the model, as rankings of two copies, which the scorer can read.
 
     Raises:
@@ -172,20 +167,20 @@ def fitting_demonstrations(
         Ranking(d.prompt, (d.response, d.response), (1, 2), (True, True), None)
         for d in demonstrations
     ]
-    kept = [ranking.record for ranking in scorer.encode(pairs).kept]
-    if not kept:
+    encoded = scorer.encode(pairs)
+    if not encoded.kept:
         raise DataError(
             f"demonstrations: none of {len(pairs)} fits the reward model's prompt_len "
             "and response_len, and its scores cannot be centred; raise them"
         )
-    return kept
+    return encoded
 
 
 def score_demonstrations(
-    scorer: RankingScorer, params: Any, fitting: Sequence[Ranking]
+    scorer: RankingScorer, params: Any, fitting: EncodedRankings
 ) -> np.ndarray:
     """Scores of `fitting_demonstrations`: float32 [N], reward units."""
-    return np.asarray([scores[0] for scores in scorer(params, fitting)[1]])
+    return np.asarray([scores[0] for scores in scorer(params, fitting)[0]])
 
 
 def evaluate_rankings(
@@ -207,10 +202,12 @@ def evaluate_rankings(
                 known |= {ranking.labeler for ranking in records}
             if split == "train":
                 records = evenly(records, 128)
-            kept, scores, lengths = scorer(params, records)
-            if not kept:
+            encoded = scorer.encode(records, file)
+            if not encoded.kept:
                 print(f"{file}: no ranking fits the reward model; left out")
                 continue
+            kept = encoded.records
+            scores, lengths = scorer(params, encoded)
             part = parts.setdefault(name, ([], [], []))
             part[0].extend(kept)
             part[1].extend(scores)

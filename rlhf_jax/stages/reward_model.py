@@ -217,12 +217,12 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         return
     base = load_model(parents[cfg.init_from], ctx.mesh, "language_model")
     scorer = RankingScorer(cfg, base, ctx)
-    rankings, encoded = {}, {}
+    encoded = {}
     for split in SPLITS:  # the test's too: what is wrong stops the run before training
         files = read_rankings(ctx, split).values()
-        rankings[split] = list(itertools.chain(*files))
-        encoded[split] = scorer.encode(rankings[split], f"rankings ({split})")
-    valid = rankings["valid"]
+        rankings = list(itertools.chain(*files))
+        encoded[split] = scorer.encode(rankings, f"rankings ({split})")
+    valid = encoded["valid"]
     demonstrations = ctx.inputs.read("demonstrations", "train")
     some = evenly(demonstrations, cfg.num_centering)
     centering = fitting_demonstrations(scorer, some)
@@ -253,17 +253,17 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         mesh=replicas(ctx.mesh),
     )
     compiled = jit_step(step_fn, ctx.mesh, sharding)
-    if not encoded["valid"].kept:
+    if not valid.kept:
         raise DataError(
-            f"rankings (valid): of {len(valid)} none is left with an ordered pair of "
-            f"responses: prompt_len is {cfg.prompt_len}, response_len "
+            f"rankings (valid): of {valid.num_read} none is left with an ordered pair "
+            f"of responses: prompt_len is {cfg.prompt_len}, response_len "
             f"{cfg.response_len}; raise them or give other held-out rankings"
         )
 
     def evaluate(state: Any, step: int) -> dict[str, float]:
         del step
-        rankings, scores, _ = scorer(state.params, valid)
-        ranks = [r.ranks for r in rankings]
+        scores, _ = scorer(state.params, valid)
+        ranks = [record.ranks for record in valid.records]
         return {"heldout/accuracy": accuracy(scores, ranks)}
 
     state = run_loop(

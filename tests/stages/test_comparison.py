@@ -158,12 +158,16 @@ def test_a_labeler_of_training_is_known_however_late_he_comes(monkeypatch):
     )
     counted = []
 
-    def scorer(params, records):
-        counted.append(len(records))
-        scores = [np.array([1.0, 0.0]) for _ in records]
-        return list(records), scores, np.arange(2 * len(records))
+    class Scorer:
+        def encode(self, records, name):
+            counted.append(len(records))
+            return SimpleNamespace(kept=records, records=list(records))
 
-    report = stage_rankings.evaluate_rankings(scorer, None, CONTEXT)  # type: ignore
+        def __call__(self, params, encoded):
+            scores = [np.array([1.0, 0.0]) for _ in encoded.kept]
+            return scores, np.arange(2 * len(scores))
+
+    report = stage_rankings.evaluate_rankings(Scorer(), None, CONTEXT)  # type: ignore
     assert counted == [128, 1, 1]
     assert (
         "test" in report["accuracy"] and "held_out_labelers" not in report["accuracy"]

@@ -273,8 +273,9 @@ def scorer():
 
 def test_scores_of_many_rankings_come_back_in_order(params, scorer):
     many = [RANKINGS[i % 4] for i in range(11)]  # more than a batch of 8 devices
-    kept, scores, lengths = scorer(params, many)
-    assert kept == many
+    encoded = scorer.encode(many)
+    scores, lengths = scorer(params, encoded)
+    assert encoded.records == many
     for ranking, found in zip(many, scores, strict=True):
         np.testing.assert_allclose(found, slow_scores(params, ranking), atol=1e-4)
     expected = [
@@ -294,13 +295,13 @@ def test_what_does_not_fit_is_left_out_and_the_rest_stays_aligned(params, scorer
         ranking("ab", ["a", "b", long], [1, 1, 2]),  # only a tie left
         RANKINGS[1],
     ]
-    kept, scores, _ = scorer(params, rankings)
-    assert kept == [ranking("ab", ["a", "i"], [2, 3]), RANKINGS[1]]
+    encoded = scorer.encode(rankings)
+    scores, _ = scorer(params, encoded)
+    assert encoded.records == [ranking("ab", ["a", "i"], [2, 3]), RANKINGS[1]]
     assert [len(s) for s in scores] == [2, 4]
 
 
-def test_where_nothing_fits_nothing_is_scored(params, scorer):
-    assert scorer(params, [ranking("abcde", ["a", "b"], [1, 2])])[:2] == ([], [])
+def test_where_no_demonstration_fits_nothing_can_be_centred(scorer):
     long = [Demonstration("abcde", "a")]
     with pytest.raises(DataError, match="none of 1 fits"):
         fitting_demonstrations(scorer, long)
