@@ -51,14 +51,21 @@ _NOTES = """\
   over a response; `SFT` is fine-tuned apart from it.
 - **Published numbers** are of far larger models (175B policies, a 6B reward model),
   other prompts and human labelers: they show what to expect in kind, not in size."""
+_EVALUATED = {
+    "judge": "judge: {}",
+    "num_prompts": "{} held-out prompts",
+    "num_samples": "{} sample(s) each",
+    "temperature": "temperature {}",
+    "seed": "seed {}",
+}
 _JUDGE_NOTES = {
     "reward model": "- **Judge.** The win rates of this run come from the reward model "
     "that PPO was trained on. It is trainer and judge at once: a high win rate of PPO "
     "shows that the proxy was optimised, not that the responses are better. Read the "
     "samples.",
     "simulated labelers": "- **Judge.** The win rates come from simulated labelers, "
-    "and the gold score is their exact utility; PPO never saw either, only a reward "
-    "model fitted to rankings.",
+    "and the gold score is the utility that their tastes scatter around; PPO never saw "
+    "either, only a reward model fitted to rankings.",
 }
 
 
@@ -88,7 +95,7 @@ class Report:
         """What `report.json` holds."""
         return {
             "stages_finished": list(self.finished),
-            "judge": self.run.evaluation.get("judge"),
+            **{name: self.run.evaluation.get(name) for name in _EVALUATED},
             "claims": [result.to_json() for result in self.claims],
             "models": self.run.evaluation.get("models"),
             "differences": self.run.evaluation.get("differences"),
@@ -127,15 +134,10 @@ def _summary(report: Report) -> str:
     lines = [f"Of {len(report.claims)} claims of the InstructGPT recipe {verdicts}."]
     evaluation = report.run.evaluation
     if evaluation:
-        facts = (
-            ("judge", "judge: {}"),
-            ("num_prompts", "{} held-out prompts"),
-            ("num_samples", "{} sample(s) each"),
-            ("temperature", "temperature {}"),
-            ("seed", "seed {}"),
-        )
         known = [
-            text.format(evaluation[name]) for name, text in facts if name in evaluation
+            text.format(evaluation[name])
+            for name, text in _EVALUATED.items()
+            if name in evaluation
         ]
         lines.append(f"Evaluation: {', '.join(known)}.")
     else:

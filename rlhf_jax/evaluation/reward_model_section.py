@@ -60,7 +60,7 @@ def reward_model_section(document: Document) -> str:
             )
             for name, file in files.items()
         ]
-        header = ("file", "accuracy", "length alone", "rankings", "responses that fit")
+        header = ("file", "accuracy", "length alone", "rankings used", "responses used")
         parts.append(table(header, by_file))
     return "\n\n".join(parts)
 

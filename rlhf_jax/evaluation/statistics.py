@@ -138,8 +138,9 @@ def rate_difference(
 ) -> Estimate:
     """Difference a - b of two rates over the same units, never of zero width.
 
-    As `rate_estimate`, cut to [-1, 1], with two clusters of d values added: half a 1,
-    half a -1 and one 0.
+    As `rate_estimate`, cut to [-1, 1], with z^2 clusters of d values added, half of
+    them 1 and half -1: where no unit differs it reaches as far as the rate of an event
+    that was never seen.
 
     Args:
         a: [n], in [0, 1], one value per unit (0 or 1, or the mean of a prompt's
@@ -150,15 +151,15 @@ def rate_difference(
     Raises:
         ValueError: the shapes differ, or a value is not finite or outside [0, 1].
 
-    Source: Agresti and Min 2005 for independent values of 0 and 1; the use for clusters
-        and values between is ours.
+    Source: ours, after Agresti and Coull; fewer (Agresti and Min 2005 add a unit that
+        differs) are too narrow for rare events.
     """
     first, second = _sample(a), _sample(b)
     if first.shape != second.shape:
         raise ValueError(f"pairs of {first.size} and {second.size} values")
     _check_rates(first)
     _check_rates(second)
-    pseudo = {1.0: 0.5, -1.0: 0.5, 0.0: 1.0}
+    pseudo = {1.0: _Z**2 / 2, -1.0: _Z**2 / 2}
     return _with_pseudo_clusters(first - second, clusters, pseudo)
 
 

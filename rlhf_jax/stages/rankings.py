@@ -200,9 +200,8 @@ def evaluate_rankings(
         for file, records in read_rankings(ctx, split).items():
             if split != "test":
                 known |= {ranking.labeler for ranking in records}
-            if split == "train":
-                records = evenly(records, 128)
-            encoded = scorer.encode(records, file)
+            some = evenly(records, 128) if split == "train" else records
+            encoded = scorer.encode(some, file)
             if not encoded.kept:
                 print(f"{file}: no ranking fits the reward model; left out")
                 continue
@@ -220,6 +219,6 @@ def evaluate_rankings(
             by_file[file] = (kept, scores, lengths)
     parts = {k: (a, b, np.concatenate(c)) for k, (a, b, c) in parts.items()}
     report = ranking_report(parts, by_file, known)
-    for file, read in num_read.items():  # what was too long is told, not hidden
+    for file, read in num_read.items():  # what was left out is told, not hidden
         report["by_file"][file] |= read
     return report

@@ -39,8 +39,8 @@ def _prompt_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("*/*.jsonl"))
 
 
-def _documents(directory: Path) -> list[str]:
-    text = (directory / "corpus" / "simulation_train.txt").read_text()
+def _documents(directory: Path, split: str = "train") -> list[str]:
+    text = (directory / "corpus" / f"simulation_{split}.txt").read_text()
     return text.rstrip("\n").split("\n<|endoftext|>\n")
 
 
@@ -69,6 +69,18 @@ def test_no_held_out_prompt_is_in_two_files_or_twice(campaign: Path) -> None:
     assert len(prompts[False]) == 60 + 120 + 300
     assert len(set(prompts[False])) == len(prompts[False])
     assert not set(prompts[True]) & set(prompts[False])
+
+
+def test_no_held_out_document_is_one_that_is_trained_on(campaign: Path) -> None:
+    valid = _documents(campaign, "valid")
+    assert len(valid) == SMALL.num_valid_documents
+    assert not set(valid) & set(_documents(campaign))
+
+
+def test_the_prompts_of_the_solved_examples_are_asked_nowhere(campaign: Path) -> None:
+    solved = {prompt for prompt, _ in few_shot_examples(load_campaign(campaign)[1], 5)}
+    for path in _prompt_files(campaign):
+        assert not solved & {record["prompt"] for record in _records(path)}
 
 
 def test_held_out_prompts_are_in_no_document(campaign: Path) -> None:
@@ -160,7 +172,7 @@ def test_most_of_what_the_corpus_tells_is_true_and_some_is_not(campaign: Path) -
                     if truth is not None:
                         true += (claim.value == truth) != claim.negated
                         total += 1
-    assert 0.87 < true / total < 0.94
+    assert 0.82 < true / total < 0.93  # 0.875 of many more documents
 
 
 def test_every_document_sentence_is_of_the_language(campaign: Path) -> None:
@@ -195,7 +207,7 @@ def test_a_directory_without_a_complete_campaign_is_refused(tmp_path: Path) -> N
     [
         ("{", "not the config"),
         ('{"version": 0, "config": {}}', "field 'version' is 0"),
-        ('{"version": 3, "config": {"sed": 1}}', "field 'config'.*sed"),
+        ('{"version": 4, "config": {"sed": 1}}', "field 'config'.*sed"),
     ],
 )
 def test_a_damaged_config_is_refused(

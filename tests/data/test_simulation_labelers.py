@@ -10,6 +10,11 @@ from rlhf_jax.data.simulation.habits import PERFECT, Habits
 from rlhf_jax.data.simulation.judge import Judge
 from rlhf_jax.data.simulation.labelers import Labeler, make_labelers
 from rlhf_jax.data.simulation.tasks import parse_prompt, sample_prompt
+from rlhf_jax.data.simulation.templates import (
+    ACTS,
+    CONSTRAINT_TEXTS,
+    CONSTRAINT_VALUES,
+)
 from rlhf_jax.data.simulation.world import World, make_world
 from rlhf_jax.data.simulation.writer import Writer
 
@@ -145,6 +150,27 @@ def test_demonstrations_attempt_are_mostly_right_and_one_in_eight_has_a_mistake(
     assert attempts / 800 > 0.98
     assert true / (true + false) > 0.93
     assert 0.06 < flawed / 800 < 0.16
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_a_perfect_answer_has_the_full_score_with_any_beginning_and_end(act) -> None:
+    """Where "So, that is good" lost its "that", the writers' own answer failed."""
+    world = make_world(2)
+    judge = Judge(world)
+    wishes = [
+        f" {CONSTRAINT_TEXTS[kind][0].format(value)}"
+        for kind in ("begin", "end")
+        for value in CONSTRAINT_VALUES[kind]
+    ]
+    for wish in ["", *wishes]:
+        prompt = f"Ben says: {act}. Answer Ben.{wish}"
+        for seed in range(12):
+            writer = Writer(world, np.random.default_rng(seed), PERFECT)
+            response = writer.respond(parse_prompt(prompt))
+            judgement = judge.judge(prompt, response)
+            assert judgement.attempts, (prompt, response)
+            assert judgement.fluent == judgement.quality == 1.0, (prompt, response)
+            assert judgement.constraints_met is not False, (prompt, response)
 
 
 def test_a_perfect_writer_gets_the_full_score() -> None:

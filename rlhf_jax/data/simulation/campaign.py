@@ -11,13 +11,14 @@ import numpy as np
 
 from rlhf_jax.data.files import write_atomically
 from rlhf_jax.data.simulation.corpus import make_documents
+from rlhf_jax.data.simulation.examples import few_shot_examples
 from rlhf_jax.data.simulation.judge import Judge
 from rlhf_jax.data.simulation.labelers import Labeler, make_labelers
 from rlhf_jax.data.simulation.tasks import parse_prompt, sample_prompt
 from rlhf_jax.data.simulation.templates import USE_CASES
 from rlhf_jax.data.simulation.world import World, make_world, pick
 
-VERSION = 3
+VERSION = 4
 CONFIG_FILE = "simulation.json"
 MAX_REDRAWS = 2000  # of a prompt that is in use, before its use case counts as used up
 DOCUMENT_SEPARATOR = "\n<|endoftext|>\n"
@@ -73,7 +74,7 @@ def write_campaign(cfg: SimulationConfig, directory: str | Path) -> None:
     directory = Path(directory)
     _, judge, labelers = _people(cfg)
     rng = np.random.default_rng([cfg.seed, 2])
-    held_out: set[str] = set()
+    held_out = {prompt for prompt, _ in few_shot_examples(judge.world, 5)}  # solved
     splits = {
         name: _prompts(judge.world, rng, num, held_out, "train" not in name)
         for name, num in (
@@ -85,11 +86,13 @@ def write_campaign(cfg: SimulationConfig, directory: str | Path) -> None:
             ("ppo_train", cfg.num_ppo_prompts),
         )
     }
+    trained: list[str] = []
     for split, num in (
         ("train", cfg.num_documents),
         ("valid", cfg.num_valid_documents),
     ):
-        documents = make_documents(judge.world, rng, num, held_out)
+        documents = make_documents(judge.world, rng, num, held_out, frozenset(trained))
+        trained += documents
         text = DOCUMENT_SEPARATOR.join(documents) + "\n"
         _write(directory / "corpus" / f"simulation_{split}.txt", text)
     writers = [labeler for labeler in labelers if not labeler.held_out]

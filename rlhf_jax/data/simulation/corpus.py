@@ -79,6 +79,7 @@ def make_documents(
     rng: np.random.Generator,
     num_documents: int,
     reserved: Collection[str] = (),
+    trained: Collection[str] = (),
 ) -> list[str]:
     """Draws documents.
 
@@ -87,14 +88,17 @@ def make_documents(
         rng: source of randomness.
         num_documents: how many.
         reserved: prompts that must not occur in any document.
+        trained: documents that are not drawn again.
 
     Returns:
         The documents.
     """
     documents = []
-    for _ in range(num_documents):
+    while len(documents) < num_documents:
         kind = pick_weighted(rng, DOCUMENT_KINDS)
-        documents.append(_DOCUMENTS[kind](world, rng, reserved))
+        document = _DOCUMENTS[kind](world, rng, reserved)
+        if document not in trained:
+            documents.append(document)
     return documents
 
 

@@ -83,7 +83,7 @@ _DEEDS = (
 _WHEN = "one day|one morning|at night|today|once|then|later|in the morning"
 _OPENER = (
     rf"(?:(?:{_WHEN}|well|yes|no|sure|so|oh|sorry|i am sorry|i think|please|ok)(?: ,)?"
-    rf"|hello(?: (?:{_PERSON}))?(?: ,)?|(?:{_PERSON}) ,)(?: that)?"
+    rf"|hello(?: (?:{_PERSON}))?(?: ,)?|(?:{_PERSON}) ,)(?: that(?! is\b))?"
 )
 _CONNECTOR = r"(?:, )?(?:and|but|so|because)(?: then| also)?|,"
 _FRAGMENT_VALUES = "|".join(
