@@ -203,9 +203,9 @@ def test_interval_of_a_rate_difference_covers_and_gains_by_what_prompts_share(bo
     """Two samples a prompt; some prompts are met by either model, whatever it says."""
 
     def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        easy = rng.random(80) < both
+        easy = rng.random(240) < both
         met = [
-            (easy[:, None] | (rng.random((80, 2)) < rate)).mean(1)
+            (easy[:, None] | (rng.random((240, 2)) < rate)).mean(1)
             for rate in (0.7, 0.4)
         ]
         return met[0], met[1]
@@ -218,7 +218,7 @@ def test_interval_of_a_rate_difference_covers_and_gains_by_what_prompts_share(bo
     alone = [rate_estimate(x) for x in (a, b)]
     apart = math.hypot(*(x.high - x.low for x in alone))  # as if independent
     if both:
-        assert paired.high - paired.low < 0.8 * apart
+        assert paired.high - paired.low < 0.9 * apart
 
 
 @pytest.mark.parametrize("count", [50, 100, 190, 400])
