@@ -168,12 +168,6 @@ class InstructGPT:
                 )
 
     def _check_campaign(self) -> None:
-        most, slots = self.collect.max_responses, self.reward_model.num_responses
-        if most > slots:
-            raise DataError(
-                f"collect.max_responses {most} is more than reward_model.num_responses "
-                f"{slots}; raise the latter"
-            )
         for name in ("collect", "evaluate"):
             num = getattr(self, name).num_few_shot
             if not 1 <= num <= 5:

@@ -15,6 +15,7 @@ import jax
 
 from experiments.config import InstructGPT
 from experiments.run import main
+from rlhf_jax.data.records import Split
 from rlhf_jax.stages import (
     collect,
     evaluate,
@@ -24,16 +25,21 @@ from rlhf_jax.stages import (
     sft,
 )
 from rlhf_jax.stages.common import Context
+from rlhf_jax.stages.rankings import has_rankings
 
 
 def stages(cfg: InstructGPT, ctx: Context) -> None:
     """Runs every stage in order."""
-    ranked = [p for p in ("rankings", "comparisons") if ctx.inputs.has(p, "train")]
-    ranking_source = ranked[0] if ranked else "ranking_prompts"
+    sources = ("rankings", "comparisons") if has_rankings(ctx) else ("ranking_prompts",)
+
+    def ranked(split: Split) -> tuple[str, Split]:
+        there = (source for source in sources if ctx.inputs.has(source, split))
+        return next(there, sources[0]), split
+
     ctx.inputs.check(
         [
-            (ranking_source, "train"),
-            (ranking_source, "valid"),
+            ranked("train"),
+            ranked("valid"),
             ("corpus", "train"),
             ("corpus", "valid"),
             ("demonstrations", "train"),

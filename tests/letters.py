@@ -5,7 +5,7 @@ import ppo_case as case
 
 from rlhf_jax.data.prompts import PromptFormat
 
-FORM = PromptFormat(prefix="", suffix=":", separator="")
+FORM = PromptFormat(suffix=":", separator="")
 
 
 class Letters:

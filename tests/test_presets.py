@@ -1,6 +1,7 @@
 """Presets are consistent before anything runs, and hold the constants they name."""
 
 import dataclasses
+import json
 import math
 import re
 import subprocess
@@ -10,10 +11,14 @@ from typing import Any
 
 import pytest
 
+from experiments import instructgpt
 from experiments.presets import PRESETS
 from experiments.run import parse
-from rlhf_jax.data.simulation import write_campaign
+from rlhf_jax.data.inputs import FilesConfig, Inputs
+from rlhf_jax.data.simulation import SimulationConfig, write_campaign
 from rlhf_jax.data.sources import DataError
+from rlhf_jax.stages.common import Context
+from rlhf_jax.training.mesh import MeshConfig
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -39,7 +44,6 @@ def option(cfg: Any, path: str, value: Any) -> Any:
         ("sft.dropout", 1.0, "dropout must be in [0, 1), got 1.0"),
         ("collect.labelers_per_heldout_prompt", 0, "heldout_prompt must be at least 1"),
         ("sft.seq_len", 24, "sft.seq_len 24 leaves no room"),
-        ("reward_model.num_responses", 8, "max_responses 9 is more"),
         ("evaluate.num_few_shot", 6, "evaluate.num_few_shot is 6"),
         ("collect.ranked", Path("nowhere.jsonl"), "collect.ranked: nowhere.jsonl"),
         ("ppo.eval_prompts", 0, "ppo.eval_prompts must be at least 1"),
@@ -177,3 +181,44 @@ def test_an_error_begins_and_ends_a_line_whatever_other_threads_write(
     )
     assert done.returncode == 1
     assert done.stderr.endswith("half a line\nerror: lost\n"), done.stderr
+
+
+@pytest.mark.parametrize("missing", ["demonstrations/x_valid.jsonl", None])
+def test_the_whole_run_takes_rankings_and_comparisons_split_by_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str | None
+) -> None:
+    """Rankings to train on beside held-out comparisons are all it needs."""
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    told = {"prompt": "p", "response": "a"}
+    lines = {
+        "rankings/x.jsonl": {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]},
+        "comparisons/x_valid.jsonl": pair,
+        "demonstrations/x.jsonl": told,
+        "demonstrations/x_valid.jsonl": told,
+        "prompts/ppo.jsonl": {"prompt": "p"},
+        "prompts/eval_test.jsonl": {"prompt": "p"},
+    }
+    for name, line in lines.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(line) + "\n")
+    (tmp_path / "corpus").mkdir()
+    for name in ("x.txt", "x_valid.txt"):
+        (tmp_path / "corpus" / name).write_text("some text\n")
+    if missing is not None:
+        (tmp_path / missing).unlink()
+
+    class Checked(Exception):
+        pass
+
+    def pretrain(*_: Any) -> None:
+        raise Checked
+
+    monkeypatch.setattr(instructgpt.pretrain, "run", pretrain)
+    run = tmp_path / "run"
+    inputs = Inputs(tmp_path, FilesConfig(), SimulationConfig(), run)
+    ctx = Context(run, inputs, MeshConfig().make(), 0)
+    cfg = dataclasses.replace(PRESETS["smoke"][1], data=tmp_path)
+    with pytest.raises(Checked if missing is None else DataError):
+        instructgpt.stages(cfg, ctx)

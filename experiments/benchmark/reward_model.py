@@ -137,7 +137,7 @@ def varying(repeats: int) -> list[Row]:
 
     limits = P, R
     kept = [ranking() for _ in range(size)]
-    rankings = EncodedRankings(kept, size, 0, limits, limits, pad_id=0)
+    rankings = EncodedRankings(kept, size, 0, 0, limits, limits, pad_id=0)
     padded = ranking_batches(rankings, size, seed=0)(0)
     batches = packed_ranking_batches(rankings, size, seed=0, num_epochs=1)
     assert batches is not None, "packing these saves two thirds"

@@ -129,10 +129,10 @@ class Inputs:
         return load(kind, self.root, patterns, split, cache_dir() / "data")
 
     def read_by_file(self, purpose: str, split: Split) -> dict[str, Sequence[Any]]:
-        """The same records, file by file; a TFDS data set goes by its purpose."""
+        """The same records, file by file; a TFDS data set goes by purpose and split."""
         patterns = getattr(self.files, purpose)
         if self._tfds(purpose):
-            return {purpose: self.read(purpose, split)}
+            return {f"{purpose} ({split})": self.read(purpose, split)}
         kind, cache = _KINDS[purpose], cache_dir() / "data"
         return {
             str(path.relative_to(self.root)): load(

@@ -102,8 +102,8 @@ def packed_ranking_batches(
                 ranks[row, g, : len(responses)] = kept[i].record.ranks
         return PackedRankings(tokens, positions, documents, branches, last, ranks)
 
-    counts = rankings.num_dropped, rankings.num_dropped_responses
-    return Batches(make_batch, len(kept), batch_size, seed, shard, *counts)
+    dropped = rankings.num_dropped
+    return Batches(make_batch, len(kept), batch_size, seed, shard, dropped)
 
 
 def _cost(keys: int) -> float:

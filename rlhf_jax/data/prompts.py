@@ -1,6 +1,6 @@
 """How a prompt and a response become one sequence of ids: one object, kept with a run.
 
-A labelled pair reads `prefix prompt suffix response <eos>`; the prompt side and the
+A labelled pair reads `prompt suffix response <eos>`; the prompt side and the
 response side are encoded apart, so that training and sampling see the same ids.
 """
 
@@ -18,16 +18,14 @@ from rlhf_jax.data.tokenizer import Tokenizer
 class PromptFormat:
     """The texts that stand around a prompt and a response."""
 
-    prefix: str = ""
-    """Before the prompt."""
     suffix: str = "\n"
     """Between the prompt and the response."""
     separator: str = "\n\n"
     """After a response that another example follows (few-shot prompts)."""
 
     def encode_prompt(self, tokenizer: Tokenizer, prompt: str) -> np.ndarray:
-        """Encodes `prefix + prompt + suffix`; returns ids `[P]` int32."""
-        return tokenizer.encode(self.prefix + prompt + self.suffix)
+        """Encodes `prompt + suffix`; returns ids `[P]` int32."""
+        return tokenizer.encode(prompt + self.suffix)
 
     def encode_response(
         self, tokenizer: Tokenizer, response: str, ended: bool = True

@@ -54,6 +54,7 @@ class EncodedRankings:
     Attributes:
         kept: in the order read.
         num_read: rankings before any was left out.
+        num_tied: rankings whose responses all tie, which are left out.
         num_dropped_responses: too long, of all rankings.
         limits: most tokens of a prompt and of a response.
         longest: tokens of a prompt and of a response before any was left out.
@@ -62,6 +63,7 @@ class EncodedRankings:
 
     kept: list[EncodedRanking]
     num_read: int
+    num_tied: int
     num_dropped_responses: int
     limits: tuple[int, int]
     longest: tuple[int, int]
@@ -106,14 +108,12 @@ def encode_rankings(
     format: PromptFormat,
     prompt_len: int,
     response_len: int,
-    num_responses: int,
-    name: str = "rankings",
 ) -> EncodedRankings:
     """Ids of the rankings that fit.
 
     A response with more than response_len tokens is left out of its ranking; a ranking
     is left out when its prompt has more than prompt_len tokens, or when no two of its
-    responses differ in rank. Both are counted.
+    responses differ in rank. All are counted.
 
     Args:
         rankings: records.
@@ -121,15 +121,10 @@ def encode_rankings(
         format: joins prompt and response.
         prompt_len: longest prompt in tokens.
         response_len: longest response in tokens with its end token.
-        num_responses: most responses of a ranking.
-        name: where they come from, for the error.
-
-    Raises:
-        DataError: a ranking that fits has more than num_responses.
     """
-    kept = []
+    kept, num_tied = [], 0
     longest_prompt, longest_response, num_dropped_responses = 0, 0, 0
-    for i, ranking in enumerate(rankings):
+    for ranking in rankings:
         prompt = format.encode_prompt(tokenizer, ranking.prompt)
         encoded = [
             format.encode_response(tokenizer, response, ended)
@@ -137,6 +132,7 @@ def encode_rankings(
         ]
         longest_prompt = max(longest_prompt, len(prompt))
         longest_response = max(longest_response, *map(len, encoded))
+        num_tied += len(set(ranking.ranks)) < 2
         fitting = [k for k, ids in enumerate(encoded) if len(ids) <= response_len]
         num_dropped_responses += len(encoded) - len(fitting)
         record = dataclasses.replace(
@@ -147,15 +143,10 @@ def encode_rankings(
         )
         if len(prompt) > prompt_len or len(set(record.ranks)) < 2:
             continue
-        if len(fitting) > num_responses:
-            raise DataError(
-                f"{name}: record {i + 1} has {len(fitting)} responses, more than "
-                f"num_responses {num_responses}. Raise num_responses."
-            )
         kept.append(EncodedRanking(record, prompt, [encoded[k] for k in fitting]))
     limits, longest = (prompt_len, response_len), (longest_prompt, longest_response)
-    sizes = limits, longest, tokenizer.pad_id
-    return EncodedRankings(kept, len(rankings), num_dropped_responses, *sizes)
+    counts = len(rankings), num_tied, num_dropped_responses
+    return EncodedRankings(kept, *counts, limits, longest, tokenizer.pad_id)
 
 
 def ranking_batches(
@@ -194,5 +185,5 @@ def ranking_batches(
             asked.prompts, asked.prompt_lengths, responses, lengths, ranks
         )
 
-    counts = rankings.num_dropped, rankings.num_dropped_responses
-    return Batches(make_batch, len(kept), batch_size, seed, shard, *counts)
+    dropped = rankings.num_dropped
+    return Batches(make_batch, len(kept), batch_size, seed, shard, dropped)

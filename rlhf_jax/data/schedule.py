@@ -36,8 +36,8 @@ class Batches(Generic[BatchT]):
 
     Attributes:
         num_examples: examples of an epoch.
-        num_dropped: examples left out because they are too long.
-        num_dropped_responses: responses left out of rankings for the same reason.
+        num_dropped: examples left out because they are too long or, of rankings, have
+            no two responses that differ in rank.
         steps_per_epoch: steps until every example was seen, ceil(num_examples / B).
     """
 
@@ -49,7 +49,6 @@ class Batches(Generic[BatchT]):
         seed: int | None,
         shard: Shard = (0, 1),
         num_dropped: int = 0,
-        num_dropped_responses: int = 0,
     ):
         """Prepares the order of the examples.
 
@@ -63,7 +62,6 @@ class Batches(Generic[BatchT]):
             seed: of the order; None reads in order.
             shard: (index, count) of this process.
             num_dropped: examples left out before.
-            num_dropped_responses: responses left out before.
 
         Raises:
             ValueError: the batch cannot be cut evenly over the processes.
@@ -91,7 +89,6 @@ class Batches(Generic[BatchT]):
         self._shard = shard
         self.num_examples = num_examples
         self.num_dropped = num_dropped
-        self.num_dropped_responses = num_dropped_responses
         self.steps_per_epoch = -(-num_examples // batch_size)
 
     def real_rows(self, step: int) -> int:

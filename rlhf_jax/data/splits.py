@@ -7,7 +7,9 @@ from pathlib import Path, PurePath
 from rlhf_jax.data.files import NoFilesError
 from rlhf_jax.data.records import DataError, Split
 
-_HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval", "heldout"}
+_HELD_OUT = re.compile(
+    "(test|valid|val|dev|eval)(s|set|ing|ate|ation|uate|uation)?|h[eo]ldouts?"
+)
 
 
 def find_files(root: Path | str, patterns: Sequence[str], split: Split) -> list[Path]:
@@ -82,14 +84,16 @@ def _stem(path: Path) -> str:
 def _check_names(root: Path, train: Sequence[Path]) -> None:
     """Refuses to train on what a name in another style than `_split_of` holds out."""
     for path in train:
-        stem = _stem(path).lower().replace("held_out", "heldout")
-        words = re.findall("[a-z]+", stem.replace("held-out", "heldout"))
-        folders = [name.lower() for name in path.relative_to(root).parts[:-1]]
-        held_out = _HELD_OUT.intersection(words + folders)
+        names = [*path.relative_to(root).parts[:-1], _stem(path)]
+        joined = [
+            re.sub("(h[eo]ld)[-_. ]out", r"\1out", name.lower()) for name in names
+        ]
+        words = re.findall("[a-z]+", joined[-1])
+        held_out = [x for x in (*words, *joined[:-1]) if _HELD_OUT.fullmatch(x)]
         if held_out and words[-1:] != ["train"]:
             raise DataError(
                 f"{path}: would be trained on, though its name says "
-                f"{min(held_out)!r}. Let it end in _valid, _test or _train (before "
+                f"{held_out[0]!r}. Let it end in _valid, _test or _train (before "
                 "the suffix), or leave it out of the patterns (--files)."
             )
 

@@ -153,7 +153,9 @@ def run(cfg: CollectConfig, ctx: Context) -> None:
     stage = ctx.stage("collect")
     parents = {name: ctx.stage(name) for name in ("pretrain", "sft", "sft_rl")}
     sources = ctx.inputs.fingerprint(
-        ("ranking_prompts", "train"), ("ranking_prompts", "valid")
+        ("ranking_prompts", "train"),
+        ("ranking_prompts", "valid"),
+        ("demonstrations", "train"),  # examples of few-shot prompts
     )
     described = dataclasses.replace(cfg, ranked=None)
     made_by = {"collect": described, "seed": ctx.seed}

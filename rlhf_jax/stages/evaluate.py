@@ -83,7 +83,9 @@ def run(cfg: EvaluateConfig, ctx: Context) -> None:
     stage = ctx.stage("evaluate")
     parents = {n: ctx.stage(n) for n in dict.fromkeys(MODELS.values())}
     parents["reward_model"] = ctx.stage("reward_model")
-    sources = ctx.inputs.fingerprint(("eval_prompts", "test"), ("corpus", "valid"))
+    sources = ctx.inputs.fingerprint(
+        ("eval_prompts", "test"), ("corpus", "valid"), ("demonstrations", "train")
+    )
     made_by = {"evaluate": cfg, "seed": ctx.seed}
     stage.open("evaluate", made_by, sources, parents)
     if stage.done:

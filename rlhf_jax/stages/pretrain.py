@@ -259,7 +259,6 @@ def run(cfg: PretrainConfig, tokenizer_cfg: TokenizerConfig, ctx: Context) -> No
         {
             "heldout_loss": final,
             "heldout_perplexity": float(np.exp(final)),
-            "tokens": cfg.num_steps * cfg.batch_size * cfg.seq_len,
             "num_params": model.num_params,
         }
     )

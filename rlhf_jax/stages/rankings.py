@@ -34,8 +34,6 @@ class RankingLimits(Protocol):
     def prompt_len(self) -> int: ...
     @property
     def response_len(self) -> int: ...
-    @property
-    def num_responses(self) -> int: ...
 
 
 class RankingScorer:
@@ -46,13 +44,10 @@ class RankingScorer:
         self._rows = fill_shards(min(cfg.batch_size, 32), ctx.mesh)
         self._score = jit_measure(response_scores, ctx.mesh, model=model.cfg)
 
-    def encode(
-        self, rankings: Sequence[Ranking], name: str = "rankings"
-    ) -> EncodedRankings:
+    def encode(self, rankings: Sequence[Ranking]) -> EncodedRankings:
         """Ids of the rankings that fit the model, see `encode_rankings`."""
-        cfg, model = self._cfg, self._model
-        limits = cfg.prompt_len, cfg.response_len, cfg.num_responses
-        return encode_rankings(rankings, model.tokenizer, model.format, *limits, name)
+        model, limits = self._model, (self._cfg.prompt_len, self._cfg.response_len)
+        return encode_rankings(rankings, model.tokenizer, model.format, *limits)
 
     def __call__(
         self, params: Any, rankings: EncodedRankings
@@ -94,7 +89,8 @@ def has_rankings(ctx: Context) -> bool:
     """Whether the data has rankings to train on, and none are collected.
 
     Raises:
-        DataError: it has, and the run has collected some too: one would be ignored.
+        DataError: some would be ignored: it has, and the run has collected some too,
+            or it has held-out ones alone, beside those that are collected.
     """
     given = bool(_purposes(ctx, "train"))
     collected = _collected(ctx, "train")
@@ -103,6 +99,12 @@ def has_rankings(ctx: Context) -> bool:
             f"{ctx.inputs.root}: has rankings, and so has {collected}, which were "
             "collected before. Take one away: the folder of the collected ones (and "
             "those of later stages), or the rankings and comparisons of the data"
+        )
+    if not given and _purposes(ctx, "valid"):
+        raise DataError(
+            f"{ctx.inputs.root}: has held-out rankings (_valid) and none to train on; "
+            "they would be ignored, since of those that are collected some are held "
+            "out. Let their names end in _test, or take them away"
         )
     return given
 
@@ -201,7 +203,7 @@ def evaluate_rankings(
             if split != "test":
                 known |= {ranking.labeler for ranking in records}
             some = evenly(records, 128) if split == "train" else records
-            encoded = scorer.encode(some, file)
+            encoded = scorer.encode(some)
             if not encoded.kept:
                 print(f"{file}: no ranking fits the reward model; left out")
                 continue

@@ -68,8 +68,6 @@ class RewardModelConfig:
     """Passes over the rankings (IG: 1; more overfit)."""
     batch_size: int = 64
     """Prompts per update, each with all its responses and pairs (IG: 64)."""
-    num_responses: int = 9
-    """Most responses to a prompt, K (IG: 4 to 9)."""
     prompt_len: int = 1024
     """Longest prompt in tokens, P (IG: 1024); longer ones are dropped with a count."""
     response_len: int = 1024
@@ -221,7 +219,7 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
     for split in SPLITS:  # the test's too: what is wrong stops the run before training
         files = read_rankings(ctx, split).values()
         rankings = list(itertools.chain(*files))
-        encoded[split] = scorer.encode(rankings, f"rankings ({split})")
+        encoded[split] = scorer.encode(rankings)
     valid = encoded["valid"]
     demonstrations = ctx.inputs.read("demonstrations", "train")
     some = evenly(demonstrations, cfg.num_centering)
@@ -292,8 +290,9 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         {
             "num_steps": num_steps,
             "num_rankings": batches.num_examples,
-            "num_dropped": batches.num_dropped,
-            "num_dropped_responses": batches.num_dropped_responses,
+            "num_dropped": encoded["train"].num_dropped,
+            "num_tied": encoded["train"].num_tied,
+            "num_dropped_responses": encoded["train"].num_dropped_responses,
             "accuracy": report["accuracy"],
         }
     )

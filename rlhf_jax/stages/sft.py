@@ -263,6 +263,7 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
             "num_steps": num_steps,
             "num_demonstrations": train.num_examples,
             "num_dropped": train.num_dropped,
+            "num_dropped_heldout": valid.num_dropped,
         }
     )
 

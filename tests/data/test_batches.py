@@ -17,7 +17,7 @@ from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.ranking_batches import encode_rankings, ranking_batches
 from rlhf_jax.data.records import DataError, Demonstration, Prompt, Ranking
 
-FORM = PromptFormat(prefix="", suffix=":", separator=" ")
+FORM = PromptFormat(suffix=":", separator=" ")
 
 
 class Letters:
@@ -74,7 +74,7 @@ def build(kind, count, batch_size, seed, shard=(0, 1)):
                 records, LETTERS, FORM, batch_size, 8, seed, shard=shard
             )
         case "rankings":
-            encoded = encode_rankings(rankings(count), LETTERS, FORM, 5, 4, 3)
+            encoded = encode_rankings(rankings(count), LETTERS, FORM, 5, 4)
             return ranking_batches(encoded, batch_size, seed, shard)
         case "prompts":
             return prompt_batches(
@@ -355,7 +355,7 @@ def test_rankings_are_laid_out_with_lengths_and_ranks():
         Ranking("p", ("a", "_b", ""), (2, 1, 2), (True, False, True)),
         Ranking("qq", ("c", "dd"), (7, 3), (True, True)),
     ]
-    encoded = encode_rankings(records, LETTERS, FORM, 4, 3, 4)
+    encoded = encode_rankings(records, LETTERS, FORM, 4, 3)
     batch = ranking_batches(encoded, 2, None)(0)
     np.testing.assert_array_equal(batch.prompts, [ids("p:.."), ids("qq:.")])
     np.testing.assert_array_equal(batch.prompt_lengths, [2, 3])
@@ -381,12 +381,12 @@ def test_long_responses_and_rankings_without_a_pair_are_counted():
         Ranking("longp", ("a", "b", "c"), (1, 2, 3), ended),  # prompt too long
         Ranking("p", ("cc", "d", "e"), (1, 2, 3), ended),  # fits exactly
     ]
-    encoded = encode_rankings(records, LETTERS, FORM, 3, 3, 3)
+    encoded = encode_rankings(records, LETTERS, FORM, 3, 3)
     batches = ranking_batches(encoded, 2, None)
     assert (batches.num_examples, batches.num_dropped) == (2, 4)
-    assert batches.num_dropped_responses == 4
+    assert (encoded.num_tied, encoded.num_dropped_responses) == (1, 4)
     np.testing.assert_array_equal(batches(0).ranks, [[1, 2, 0], [1, 2, 3]])
-    nothing = encode_rankings(records[1:5], LETTERS, FORM, 3, 3, 3)
+    nothing = encode_rankings(records[1:5], LETTERS, FORM, 3, 3)
     with pytest.raises(DataError) as caught:
         ranking_batches(nothing, 2, None)
     for words in ("none of 4 is left", "6 tokens (prompt_len 3)", "6 (response_len 3)"):
@@ -440,7 +440,7 @@ def test_packed_rankings_have_one_shape_and_lose_nothing(processes):
         ranks = tuple(range(count, 0, -1))
         return Ranking("i" * rng.integers(20), responses, ranks, ended)
 
-    encoded = encode_rankings([ranking(i) for i in range(50)], LETTERS, FORM, 20, 30, 5)
+    encoded = encode_rankings([ranking(i) for i in range(50)], LETTERS, FORM, 20, 30)
     epochs, size, seed = 3, 8, 4
     alone = ranking_batches(encoded, size, seed)
     parts = [
@@ -464,15 +464,9 @@ def test_rankings_stay_padded_where_packing_saves_nothing():
     short = Ranking("p", ("a" * 20, "b"), (1, 2), (True, True))
     long = Ranking("pp", ("a" * 39, "b" * 39), (1, 2), (True, True))
     for records, num_packed in (([short, long] * 2, 256), ([long] * 4, None)):
-        encoded = encode_rankings(records, LETTERS, FORM, 3, 40, 2)
+        encoded = encode_rankings(records, LETTERS, FORM, 3, 40)
         packed = packed_ranking_batches(encoded, 4, 0, num_epochs=1)
         assert num_packed == (packed and packed(0).tokens.size)
-
-
-def test_more_responses_than_the_shape_holds_is_an_error():
-    records = [*rankings(2), Ranking("p", ("a",) * 4, (1, 2, 3, 4), (True,) * 4)]
-    with pytest.raises(DataError, match="record 3 has 4 responses.* num_responses 3"):
-        encode_rankings(records, LETTERS, FORM, 5, 4, 3)
 
 
 def test_prompts_are_padded_and_long_ones_counted():
@@ -486,7 +480,7 @@ def test_prompts_are_padded_and_long_ones_counted():
 
 
 def test_no_records_is_an_error_in_every_kind():
-    nothing = encode_rankings([], LETTERS, FORM, 4, 4, 2)
+    nothing = encode_rankings([], LETTERS, FORM, 4, 4)
     for make in (
         lambda: packed_batches([], LETTERS, 1, 4, 0),
         lambda: packed_batches([""], LETTERS, 1, 4, 0),

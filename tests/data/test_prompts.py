@@ -56,9 +56,9 @@ def test_a_few_shot_prompt_ends_where_the_response_begins(tokenizer):
     assert form.few_shot_prompt([], "Hi") == "Hi"
 
 
-def test_prefix_suffix_and_end_token_stand_where_they_should(tokenizer):
-    form = PromptFormat(prefix="Q: ", suffix="\nA:", separator="\n--\n")
-    assert tokenizer.decode(form.encode_prompt(tokenizer, "Hi")) == "Q: Hi\nA:"
+def test_suffix_and_end_token_stand_where_they_should(tokenizer):
+    form = PromptFormat(suffix="\nA:", separator="\n--\n")
+    assert tokenizer.decode(form.encode_prompt(tokenizer, "Hi")) == "Hi\nA:"
     ended = form.encode_response(tokenizer, "Yo")
     assert ended[-1] == tokenizer.eos_id and ended.dtype == np.int32
     cut = form.encode_response(tokenizer, "Yo", ended=False)
@@ -68,7 +68,7 @@ def test_prefix_suffix_and_end_token_stand_where_they_should(tokenizer):
 
 
 def test_a_format_survives_json():
-    form = PromptFormat(prefix='"\u00e9\n', suffix="\n\nA:", separator=" ")
+    form = PromptFormat(suffix='"\u00e9\n\nA:', separator=" ")
     assert PromptFormat.from_json(form.to_json()) == form
     assert json.loads(PromptFormat().to_json())["suffix"] == "\n"
 
@@ -78,9 +78,9 @@ def test_a_format_survives_json():
     [
         ("{", "malformed JSON"),
         ("[]", "exactly the fields"),
-        ('{"prefix": "", "suffix": ""}', "exactly the fields"),
-        ('{"prefix": "", "suffix": "", "separator": "", "x": ""}', "exactly"),
-        ('{"prefix": "", "suffix": 1, "separator": ""}', "field 'suffix': is 1"),
+        ('{"suffix": ""}', "exactly the fields"),
+        ('{"suffix": "", "separator": "", "x": ""}', "exactly"),
+        ('{"suffix": 1, "separator": ""}', "field 'suffix': is 1"),
     ],
 )
 def test_a_bad_format_is_named(text, words):

@@ -239,6 +239,8 @@ def test_files_are_split_by_the_end_of_their_stem_and_sorted(tmp_path):
     [
         *("x_Test.jsonl", "x.valid.jsonl.gz", "dev-0.jsonl", "x_validation.jsonl"),
         *("held_out.jsonl", "x_eval2.jsonl", "Test/part-0.jsonl"),
+        *("x_holdout.jsonl", "hold-out.jsonl", "held-out/x.jsonl", "testset.jsonl"),
+        *("x_testing.jsonl", "evaluation.jsonl", "x_validate.jsonl", "evals/x.jsonl"),
     ],
 )
 def test_what_another_style_of_name_holds_out_is_not_trained_on(tmp_path, name):

@@ -89,7 +89,7 @@ def test_batches_are_as_wide_as_the_longest_kept_record():
     assert made(0).tokens.shape == made(0).weights.shape == (1, 128)
 
     ranking = Ranking(long, ("a" * 65, "b", "c" * 900), (1, 2, 3), (True,) * 3)
-    encoded = encode_rankings([ranking], LETTERS, FORM, 500, 500, 9)
+    encoded = encode_rankings([ranking], LETTERS, FORM, 500, 500)
     made = ranking_batches(encoded, 1, None)
     assert made(0).prompts.shape == (1, 256)
     assert made(0).responses.shape == (1, 2, 128)

@@ -22,7 +22,7 @@ from rlhf_jax.stages.sampler import Response
 from rlhf_jax.training.mesh import MeshConfig
 from rlhf_jax.training.run_dir import RunDirError, StageDir, file_hash
 
-FORM = PromptFormat(prefix="", suffix=":", separator=";")
+FORM = PromptFormat(suffix=":", separator=";")
 ALPHABET = "_abcdefghi:; "
 
 
@@ -272,6 +272,16 @@ def test_collected_rankings_beside_those_of_the_data_are_refused(tmp_path):
     assert has_rankings(ctx)
     _written(run / "collect/rankings_train.jsonl", [1, 2])
     with pytest.raises(DataError, match="Take one away"):
+        has_rankings(ctx)
+
+
+def test_held_out_rankings_without_any_to_train_on_are_refused(tmp_path):
+    """Those held out of the collected ones would take their place."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    _written(data / "comparisons/x_valid.jsonl", [1, 2])
+    inputs = Inputs(data, FilesConfig(), SimulationConfig(), run)
+    ctx = Context(run, inputs, MeshConfig().make(), 0)
+    with pytest.raises(DataError, match="held-out rankings .* none to train on"):
         has_rankings(ctx)
 
 

@@ -159,7 +159,7 @@ def test_a_labeler_of_training_is_known_however_late_he_comes(monkeypatch):
     counted = []
 
     class Scorer:
-        def encode(self, records, name):
+        def encode(self, records):
             counted.append(len(records))
             return SimpleNamespace(kept=records, records=list(records))
 

@@ -38,9 +38,7 @@ from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_train_step
 
 MODEL = dataclasses.replace(case.MODEL, max_len=24)
-CFG = RewardModelConfig(
-    batch_size=4, num_responses=4, prompt_len=5, response_len=6, num_centering=8
-)
+CFG = RewardModelConfig(batch_size=4, prompt_len=5, response_len=6, num_centering=8)
 
 
 def ranking(prompt, responses, ranks, ended=None):
@@ -66,7 +64,7 @@ def params():
 
 
 def padded(rankings, rows=4):
-    encoded = encode_rankings(rankings, LETTERS, FORM, 5, 6, 4)
+    encoded = encode_rankings(rankings, LETTERS, FORM, 5, 6)
     batch = ranking_batches(encoded, rows, None)(0)
     return WeightedRankings(
         rankings=jax.tree.map(jnp.asarray, batch), weights=jnp.full((rows,), 1 / rows)
@@ -75,7 +73,7 @@ def padded(rankings, rows=4):
 
 def packed(rankings, rows=4, multiple=1):
     """The same in rows that they share."""
-    encoded = encode_rankings(rankings, LETTERS, FORM, 5, 6, 4)
+    encoded = encode_rankings(rankings, LETTERS, FORM, 5, 6)
     batches = packed_ranking_batches(encoded, rows, 0, 1, multiple)
     assert batches is not None
     return weighted(batches(0), rows)
@@ -325,7 +323,7 @@ def test_the_stage_packs_where_that_costs_less(count):
     """On eight devices 2 rankings leave most rows empty; weights sum to 1 both ways."""
     cfg = dataclasses.replace(CFG, batch_size=8 * count)
     ctx = Context(Path("."), None, MeshConfig().make(), 0)  # type: ignore[arg-type]
-    encoded = encode_rankings(RANKINGS, LETTERS, FORM, 5, 6, 4)
+    encoded = encode_rankings(RANKINGS, LETTERS, FORM, 5, 6)
     batches, row, num_rows = training_batches(cfg, ctx, encoded, MODEL)
     batch = batches(0)
     assert isinstance(batch, PackedRankings) == (count == 32)
@@ -348,6 +346,6 @@ def test_accuracy_counts_ordered_pairs_per_ranking():
 def test_the_defaults_are_instructgpts():
     """Ouyang et al. 2022, appendix C.2."""
     cfg = RewardModelConfig()
-    assert (cfg.batch_size, cfg.num_responses, cfg.num_epochs) == (64, 9, 1)
+    assert (cfg.batch_size, cfg.num_epochs) == (64, 1)
     assert cfg.optimizer.learning_rate == 9e-6
     assert cfg.optimizer.schedule == "cosine" and cfg.optimizer.final_fraction == 0.1
