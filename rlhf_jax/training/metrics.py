@@ -43,7 +43,8 @@ class MetricsWriter:
             self._open(directory, first_step)
 
     def _open(self, directory: Path, first_step: int) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
 
         self._path = directory / "metrics.jsonl"
         lines = read_metrics(self._path) if first_step else []
@@ -52,10 +53,17 @@ class MetricsWriter:
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(partial, self._path)
         self._file = self._path.open("a", buffering=1)
-        self._board = SummaryWriter(
-            str(directory / "tensorboard"),
-            purge_step=first_step + 1 if first_step else 0,
-        )
+        # SummaryWriter's thread dies where the disk is full, and its queue then waits
+        (directory / "tensorboard").mkdir(exist_ok=True)
+        self._board = EventsWriter(str(directory / "tensorboard" / "events"))
+        self._events: Any = event_pb2
+        self._summaries: Any = summary_pb2
+        begin = self._events.SessionLog(status=self._events.SessionLog.START)
+        hidden = first_step + 1 if first_step else 0  # from here on, of earlier files
+        self._record(step=hidden, session_log=begin)
+
+    def _record(self, **event: Any) -> None:
+        self._board.write_event(self._events.Event(wall_time=time.time(), **event))
 
     def push(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float] | None:
         """Takes the metrics of `step`; writes and returns those of the step before."""
@@ -88,8 +96,10 @@ class MetricsWriter:
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
+        summary = self._summaries.Summary()
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            summary.value.add(tag=name, simple_value=value)
+        self._record(step=step, summary=summary)
 
     def _check(self, step: int, bad: np.ndarray, values: Mapping[str, float]) -> None:
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
@@ -109,6 +119,7 @@ class MetricsWriter:
         if self._file is None:
             return
         self._file.close()
+        self._file = None
         self._board.close()
 
 

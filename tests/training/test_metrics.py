@@ -131,3 +131,15 @@ def test_tensorboard_gets_the_same_numbers(writer, tmp_path):
     assert len(events) == 1
     content = events[0].read_bytes()
     assert b"loss" in content and np.float32(1.25).tobytes() in content
+
+
+def test_a_full_disk_stops_the_step_that_could_not_be_written(writer, tmp_path):
+    """A thread that wrote for TensorBoard died instead, and the run waited forever."""
+    out = writer()
+    board = out._board._py_recordio_writer
+    board._writer.close()
+    board._writer = open("/dev/full", "wb", buffering=0)
+    with pytest.raises(OSError, match="No space left"):
+        out.write(1, {"loss": 1.0})
+    board._writer.close()
+    board._writer = (tmp_path / "other").open("wb")  # for the fixture to close
