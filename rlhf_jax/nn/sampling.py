@@ -49,9 +49,9 @@ class Sampling:
     its last (None: all)."""
 
     def __post_init__(self):
-        if not 0.0 < self.temperature < math.inf:
+        if not 1e-6 <= self.temperature < math.inf:  # logits / T must stay finite
             raise ValueError(
-                f"temperature must be above 0, got {self.temperature}; "
+                f"temperature must be at least 1e-6, got {self.temperature}; "
                 "for greedy decoding use top_k = 1"
             )
         check_range(self, "[1, inf)", "response_len")

@@ -211,6 +211,9 @@ def _moments(name: str, x: Array, mask: Array) -> Metrics:
 
 
 def _correlation(x: Array, y: Array) -> Array:
-    x, y = x - jnp.mean(x), y - jnp.mean(y)
-    scale = jnp.sqrt(jnp.sum(x * x) * jnp.sum(y * y))
-    return jnp.where(scale > 0, jnp.sum(x * y) / jnp.where(scale > 0, scale, 1.0), 0.0)
+    dx, dy = x - jnp.mean(x), y - jnp.mean(y)
+    varies = (jnp.var(x) > 1e-12 * jnp.mean(x * x)) & (
+        jnp.var(y) > 1e-12 * jnp.mean(y * y)
+    )  # not rounding
+    scale = jnp.sqrt(jnp.sum(dx * dx) * jnp.sum(dy * dy))
+    return jnp.where(varies, jnp.sum(dx * dy) / jnp.where(varies, scale, 1.0), 0.0)

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from rlhf_jax.stages.ppo_state import PPOConfig
 
 
+COLLAPSED = 0.01  # nats of entropy a token below which a policy has collapsed
+
+
 class InvariantError(RuntimeError):
     """PPO's arithmetic contradicts itself; the message names the likely causes."""
 
@@ -55,6 +58,7 @@ def check_invariants(
     several = cfg.num_epochs * cfg.num_minibatches > 1
     if (
         several
+        and values["policy/entropy"] >= COLLAPSED  # else a gradient of 0 is its own
         and values["policy/learning_rate"] > 0
         and values["advantages/std"] > 1e-3
     ):
@@ -128,7 +132,7 @@ def warn_of_trouble(update: int, values: Mapping[str, float]) -> None:
             "the KL to the reference is clearly negative: sampler and trainer disagree "
             "(temperature, masks)"
         )
-    if values["policy/entropy"] < 0.01:
+    if values["policy/entropy"] < COLLAPSED:
         trouble.append("the entropy is nearly 0: raise kl_coef or lower the rate")
     if values["rollout/eos_rate"] < 0.05:
         trouble.append("hardly any response ends: check SFT and missing_eos_score")

@@ -42,7 +42,8 @@ class OptimizerConfig:
 
     def __post_init__(self):
         check_range(self, "[0, inf)", "learning_rate", "warmup_steps")
-        check_range(self, "[0, inf)", "eps", "weight_decay")
+        check_range(self, "[0, inf)", "weight_decay")
+        check_range(self, "(0, inf)", "eps")  # a gradient of 0 would be 0 / 0
         check_range(self, "[0, 1]", "final_fraction", "warmup_fraction")
         check_range(self, "[0, 1)", "b1", "b2")
         if self.schedule not in get_args(Schedule):

@@ -12,6 +12,7 @@ import ppo_case as case
 import pytest
 
 from rlhf_jax.nn.sampling import Rollout, Sampling
+from rlhf_jax.stages import experience
 from rlhf_jax.stages.experience import make_experience, response_values
 
 B, P, R = case.B, case.P, case.R
@@ -215,6 +216,15 @@ def test_a_score_that_is_missing_its_end_is_replaced(made):
         np.corrcoef(expected["scores"], lengths)[0, 1],
         atol=1e-4,
     )
+
+
+def test_equal_scores_of_equal_lengths_do_not_correlate():
+    """Their rounded means leave the same rest everywhere: a correlation of 1."""
+    rng = np.random.default_rng(0)
+    scores, lengths = rng.normal(size=(2, 20, 1)).astype(np.float32)
+    equal = [jnp.broadcast_to(x, (20, 7)) for x in (scores, lengths)]
+    found = jax.jit(jax.vmap(experience._correlation))(*equal)
+    np.testing.assert_array_equal(found, 0.0)
 
 
 def test_whitened_rewards_keep_their_mean(made):

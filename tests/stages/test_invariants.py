@@ -42,6 +42,8 @@ def observed(state, frozen, inputs, rollout, scalars, **faults):
 def test_a_real_first_iteration_passes(first):
     check_invariants(1, first, CFG, case.V)
     check_invariants(1, first | {"policy/last_ratio_error": 0.1}, SEVERAL, case.V)
+    collapsed = {"policy/last_ratio_error": 0.0, "policy/entropy": 1e-6}
+    check_invariants(1, first | collapsed, SEVERAL, case.V)  # a warning, no fault
 
 
 VIOLATIONS = [

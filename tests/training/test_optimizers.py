@@ -72,6 +72,7 @@ def test_a_warm_up_as_long_as_the_run_gives_finite_rates():
         ({"final_fraction": 1.1}, "final_fraction"),
         ({"b2": 1.0}, r"b2 must be in \[0, 1\), got 1.0"),
         ({"eps": -1e-3}, "eps"),
+        ({"eps": 0.0}, "eps"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"schedule": "cosin"}, "one of"),
     ],
