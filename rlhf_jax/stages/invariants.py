@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from rlhf_jax.stages.ppo_state import PPOConfig
 
-
 COLLAPSED = 0.01  # nats of entropy a token below which a policy has collapsed
 
 
