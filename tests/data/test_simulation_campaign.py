@@ -237,3 +237,10 @@ def test_sizes_that_make_no_campaign_are_refused(field: str, least: int) -> None
     message = f"{field} must be at least {least}, got {least - 1}"
     with pytest.raises(ValueError, match=message):
         SimulationConfig(**{field: least - 1})
+
+
+def test_training_labelers_write_demonstrations(tmp_path):
+    write_campaign(SimulationConfig(num_documents=1, num_valid_documents=1), tmp_path)
+    lines = (tmp_path / "demonstrations/simulation_train.jsonl").read_text()
+    who = {json.loads(line)["labeler"] for line in lines.splitlines()}
+    assert len(who) == 6 and all(name.startswith("train-") for name in who)

@@ -187,3 +187,13 @@ def test_a_perfect_writer_gets_the_full_score() -> None:
         assert judgement.fluent == 1.0, (prompt, response)
         assert not judgement.hallucinates, (prompt, response)
     assert full / 600 > 0.99
+
+
+def test_a_labeler_prefers_what_ended():
+    people = make_labelers(Judge(make_world(2)), 2, 1, 0)
+    prompt = "What colour is the fox?"
+    rng = np.random.default_rng(0)
+    ranks = [
+        people[0].rank(prompt, ["Red."] * 2, [True, False], rng) for _ in range(200)
+    ]
+    assert np.mean([a < b for a, b in ranks]) > np.mean([a > b for a, b in ranks]) + 0.1

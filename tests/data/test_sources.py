@@ -440,3 +440,14 @@ def test_a_run_of_another_simulation_names_only_what_differs(tmp_path):
     with pytest.raises(DataError, match="--run") as told:
         Inputs(None, FilesConfig(), other, tmp_path)
     assert "(num_eval_prompts 300 there, 13 now)" in str(told.value)
+
+
+def test_held_out_demonstrations_that_are_trained_on_are_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "demonstrations").mkdir()
+    for split in ("train", "valid"):
+        path = tmp_path / f"demonstrations/x_{split}.jsonl"
+        path.write_text('{"prompt": "p", "response": "r"}\n')
+    inputs = Inputs(tmp_path, FilesConfig(), SimulationConfig(), tmp_path / "run")
+    (line,) = inputs.shared_prompts()
+    assert "1 of 1 prompts of demonstrations (valid) are in demonstrations (tr" in line

@@ -188,3 +188,28 @@ def test_held_out_labelers_ranked_nothing_else_at_all(known, name):
     report = ranking_report(parts, {}, known)
     assert set(report["accuracy"]) == {"train", "held_out_prompts", name}
     assert report["agreement"][name]["mean"] == 1.0  # of c and d
+
+
+def test_bins_and_labelers_are_of_what_is_held_out():
+    rng = np.random.default_rng(0)
+
+    def part(names, ranks, count):
+        rows = [ranking(x, *ranks, prompt=f"p{n}") for n in range(count) for x in names]
+        lengths = rng.integers(1, 9, 2 * len(rows)) * 1.0
+        lengths[0::2] = 1.0  # the better one is shorter
+        lengths[1::2] += 1.0
+        return rows, [np.array([n % 7 + 1.0, 0.0]) for n in range(len(rows))], lengths
+
+    parts = {
+        "train": (
+            [ranking("a", 1, 2, prompt="q"), ranking("z", 2, 1, prompt="q")],
+            [np.array([9.0, 0.0])] * 2,
+            np.array([50, 1, 50, 1]),
+        ),
+        "held_out_prompts": part("ab", (1, 2), 20),
+    }
+    report = ranking_report(parts, {}, {"a", "b"})
+    assert report["agreement"]["train_labelers"]["mean"] == 1.0  # in training they part
+    assert set(report["by_labeler"]) == {"a", "b"}
+    assert max(row["high"] for row in report["by_margin"]) == 7.0
+    assert all(row["high"] < 0 for row in report["by_length"])

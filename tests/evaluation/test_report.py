@@ -12,12 +12,16 @@ import pytest
 import rlhf_jax.evaluation.report
 from rlhf_jax.evaluation.claims import CLAIMS
 from rlhf_jax.evaluation.figures import FIGURES
+from rlhf_jax.evaluation.measurements import RunData
+from rlhf_jax.evaluation.plotting import smooth
 from rlhf_jax.evaluation.report import (
     choose_samples,
     load_run,
     read_samples,
     write_report,
 )
+from rlhf_jax.evaluation.report_text import _first_to_last, _outcomes
+from rlhf_jax.evaluation.training_figures import draw_frontier
 
 METADATA = (
     "follows_instruction",
@@ -405,3 +409,16 @@ def test_samples_are_the_first_of_each_use_case_then_the_first_of_the_rest():
     assert chosen == [0, 1, 2, 4]
     assert choose_samples(samples, 2) == [samples[0], samples[2]]
     assert choose_samples(samples, 9) == samples
+
+
+def test_numbers_of_the_report_are_what_their_columns_say():
+    told = _outcomes({"wins": 0.5, "ties": 0.2, "losses": 0.3})
+    assert told == "<br>50 / 20 / 30 % won, tied, lost"
+    assert _first_to_last((np.arange(20), np.arange(20.0)), 0.1) == "0.500 → 18.500"
+    steps, values = smooth((np.arange(4), 2.0 * np.arange(4)), 2)
+    assert steps.tolist() == [0.5, 1.5, 2.5] and values.tolist() == [1.0, 3.0, 5.0]
+    curve = lambda *ys: (np.arange(len(ys)), np.array(ys, float))  # noqa: E731
+    curves = {"heldout/kl": curve(0, 4, 9), "heldout/score": curve(0, 1, 2)}
+    figure = draw_frontier(RunData({}, {}, {"ppo": curves}))
+    (line,) = figure.axes[0].lines
+    assert line.get_xdata().tolist() == [0.0, 2.0, 3.0]

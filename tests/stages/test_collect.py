@@ -331,3 +331,68 @@ def test_only_labelers_there_are_rank_for_evaluation(held_out, tmp_path):
     assert counts["num_rankings_train"] == len(lines) > 0
     assert counts["num_rankings_test"] == held_out * len(lines)
     assert (tmp_path / "rankings_test.jsonl").exists() == bool(held_out)
+
+
+def test_as_many_as_asked_for_are_drawn_anew_in_every_turn(ctx, models):
+    prompts = ["a"] * 40
+    rows = sample_responses(models, prompts, CFG, ctx, "train")
+    assert {len(row) for row in rows} == {3, 4, 5, 6}
+    five = dataclasses.replace(CFG, min_responses=5, max_responses=5)
+    drawn = sample_responses(models, prompts, five, ctx, "train")
+    twice = [[r.text for s, r in row if s == "sft"] for row in drawn]
+    assert sum(a != b for a, b in twice) > len(twice) / 2
+    alike = {r.text for row in rows for s, r in row if s == "sft"}
+    assert len(alike) > 8  # nor do batches of 8 repeat each other
+    assert {s for row in rows for s, _ in row} == {"gpt_few_shot", "sft", "sft_rl"}
+
+
+def test_each_split_is_ranked_by_labelers_of_its_own_who_see_what_ended(
+    tmp_path, monkeypatch
+):
+    cfg = SimulationConfig(num_documents=1, num_valid_documents=1)
+    write_campaign(cfg, tmp_path / "data")
+    seen = []
+    rank = collect.simulation.Labeler.rank
+
+    def watched(self, prompt, responses, ended, rng):
+        seen.append((self.name, prompt, tuple(ended)))
+        return rank(self, prompt, responses, ended, rng)
+
+    monkeypatch.setattr(collect.simulation.Labeler, "rank", watched)
+    asked = {}
+    for split in ("train", "valid"):
+        (file,) = (tmp_path / "data/prompts").glob(f"*rank_{split}*")
+        asked[split] = [json.loads(x)["prompt"] for x in file.read_text().splitlines()]
+        rows = [
+            {"prompt": p, "responses": ["Yes.", "No"], "ended": [True, False]}
+            for p in asked[split][:60]
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"to_rank_{split}.jsonl").write_text(text)
+    inputs = types.SimpleNamespace(root=tmp_path / "data")
+    ctx = Context(tmp_path, inputs, MeshConfig().make(), 0)  # type: ignore[arg-type]
+    collect._rank_by_simulation(CFG, ctx, tmp_path)
+    for split, group, source, number in (
+        ("train", "train-", "train", 6),
+        ("valid", "train-", "valid", 6),
+        ("test", "held-out-", "valid", 4),
+    ):
+        lines = (tmp_path / f"rankings_{split}.jsonl").read_text().splitlines()
+        names = {json.loads(line)["labeler"] for line in lines}
+        assert len(names) == number and all(n.startswith(group) for n in names)
+        assert {json.loads(x)["prompt"] for x in lines} == set(asked[source][:60])
+    assert {ended for *_, ended in seen} == {(True, False)}
+
+
+def test_comparisons_are_rankings_of_two(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    data, run = tmp_path / "data", tmp_path / "run"
+    _written(data / "rankings/x_train.jsonl", [2, 1])
+    (data / "comparisons").mkdir()
+    line = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    (data / "comparisons/y_train.jsonl").write_text(json.dumps(line) + "\n")
+    inputs = Inputs(data, FilesConfig(), SimulationConfig(), run)
+    ctx = Context(run, inputs, MeshConfig().make(), 0)
+    found = read_rankings(ctx, "train")
+    assert set(found) == {"rankings/x_train.jsonl", "comparisons/y_train.jsonl"}
+    assert found["comparisons/y_train.jsonl"][0].ranks == (1, 2)

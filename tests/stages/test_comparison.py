@@ -172,3 +172,54 @@ def test_a_labeler_of_training_is_known_however_late_he_comes(monkeypatch):
     assert (
         "test" in report["accuracy"] and "held_out_labelers" not in report["accuracy"]
     )
+
+
+def test_differences_have_the_sign_of_their_name(results):
+    results["ppo"]["pretrain_losses"] = [3.0, 3.2]
+    report = summarize(results, PROMPTS, SAMPLES, 1.0, CONTEXT)
+    for name, key in (
+        ("gold_score", "gold"),
+        ("reward", "rewards"),
+        ("pretrain_loss", "pretrain_losses"),
+    ):
+        for pair, found in report["differences"][name].items():
+            a, b = pair.split("-")
+            expected = np.mean(results[a][key]) - np.mean(results[b][key])
+            assert found["mean"] == pytest.approx(expected), pair
+    assert report["differences"]["pretrain_loss"]["ppo-sft_rl"]["mean"] > 0.9
+
+
+def test_a_tie_is_half_a_win(results):
+    rng = np.random.default_rng(1)
+    table = rng.choice([-1.0, 0.0, 1.0], (SAMPLES, PROMPTS, 3), p=[0.5, 0.2, 0.3])
+    results["ppo"]["preferences"] = table.tolist()
+    found = summarize(results, PROMPTS, SAMPLES, 1.0, CONTEXT)["models"]["ppo"]
+    shares = [(table == x).mean() for x in (1.0, 0.0, -1.0)]
+    assert [found[x] for x in ("wins", "ties", "losses")] == pytest.approx(shares)
+    assert found["win_rate_vs_sft"]["mean"] == pytest.approx(shares[0] + shares[1] / 2)
+
+
+def test_held_out_labelers_prefer_the_better_response(tmp_path):
+    cfg = simulation.SimulationConfig(num_documents=1, num_valid_documents=1)
+    simulation.write_campaign(cfg, tmp_path)
+    _, _, judge, people = simulation.load_campaign(tmp_path)
+    inputs = SimpleNamespace(simulated=True, root=tmp_path)
+    ctx: Any = SimpleNamespace(inputs=inputs, seed=0, data_seed=lambda name: 0)
+    (file,) = (tmp_path / "prompts").glob("*eval*")
+    prompts = [json.loads(line)["prompt"] for line in file.read_text().splitlines()[:9]]
+    rng = np.random.default_rng(0)
+    good = [people[0].demonstrate(prompt, rng) for prompt in prompts]
+    results: dict[str, Any] = {
+        name: {
+            "texts": [good if name == "ppo" else ["Shut up, fool."] * 9],
+            "ended": [[name != "gpt"] * 9],
+            "rewards": [[0.0] * 9],
+        }
+        for name in MODELS
+    }
+    judge_results(results, prompts, ctx)
+    of = {name: np.array(results[name]["preferences"]).mean() for name in MODELS}
+    assert of["ppo"] > 0.8 and of["sft"] == 0.0 > of["gpt"]
+    for name, ended in (("gpt", False), ("sft", True)):
+        expected = [judge.gold_score(p, "Shut up, fool.", ended) for p in prompts]
+        assert results[name]["gold"] == [expected]

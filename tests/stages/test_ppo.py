@@ -16,6 +16,7 @@ from rlhf_jax.stages.common import Model
 from rlhf_jax.stages.ppo_run import make_state
 from rlhf_jax.stages.ppo_state import PPOConfig
 from rlhf_jax.training.mesh import replicas, replicated, shard_batch
+from rlhf_jax.training.optimizers import learning_rate
 
 B, R = case.B, case.R
 CFG = case.CONFIG
@@ -581,3 +582,27 @@ def test_the_defaults_are_instructgpts():
     assert cfg.policy_optimizer.warmup_steps == 10
     assert cfg.policy_optimizer.warmup_fraction == 0.1
     assert cfg.kl_target is None and cfg.value == "separate"
+
+
+def changed(cfg, step=0, **changes):
+    state = dataclasses.replace(case.fresh_state(cfg), step=jnp.int32(step))
+    args = case.frozen(), case.make_inputs(cfg), case.stored_rollout(), cfg.scalars()
+    experience, _ = case.experience_fn(cfg)(state, *args)
+    experience = experience.replace(**changes)
+    return case.optimize_fn(cfg)(state, experience, args[1], cfg.scalars())[1]
+
+
+def test_each_model_has_a_schedule_of_its_own():
+    other = dataclasses.replace(case.OPTIMIZER, schedule="linear", learning_rate=0.02)
+    cfg = dataclasses.replace(CFG, value_optimizer=other)
+    metrics = changed(cfg, step=5)
+    for name, opt in (("policy", case.OPTIMIZER), ("value", other)):
+        expected = learning_rate(jnp.int32(5), opt, opt.scalars(), cfg.num_iterations)
+        np.testing.assert_allclose(metrics[f"{name}/learning_rate"], expected)
+
+
+def test_values_clip_by_their_own_width():
+    cfg = dataclasses.replace(CFG, clip=1e3, value_clip=1e-3)
+    far = jnp.full((case.B, case.R), 7.0)
+    found = changed(cfg, old_values=far)["value/clip_fraction"]
+    np.testing.assert_allclose(found, 1.0, rtol=1e-5)

@@ -94,3 +94,17 @@ def test_prompts_too_long_are_refused_before_any_is_sampled(sampler):
 def test_no_prompts_are_an_error_that_names_the_limit(sampler):
     with pytest.raises(DataError, match="no prompt of at most 8 tokens"):
         sampler(sampler.model.params, [], jax.random.key(0))
+
+
+def test_batches_of_equal_prompts_do_not_repeat_each_other(sampler):
+    drawn = dataclasses.replace(sampler.sampling, top_k=None, temperature=1.0)
+    free = Sampler(sampler.model, drawn, 8, 2, sampler._ctx)
+    responses = free(sampler.model.params, ["abc"] * 16, jax.random.key(0))
+    pairs = [tuple(r.text for r in responses[i : i + 2]) for i in range(0, 16, 2)]
+    assert len(set(pairs)) > 4
+
+
+def test_a_prompt_as_long_as_the_limit_fits(sampler):
+    from rlhf_jax.stages.sampler import fitting
+
+    assert fitting(["abc", "abcd"], sampler.model, 4) == ["abc"]  # and its ":"

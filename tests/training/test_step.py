@@ -235,3 +235,14 @@ def test_a_step_flags_the_gradient_that_is_not_finite():
         init_state(params, jax.random.key(0)), make_batch(), CFG.scalars()
     )
     assert list(metrics["nonfinite"]) == [True, False]
+
+
+def test_each_microbatch_draws_its_own_mask():
+    def drawn(params, batch, key):
+        keep = jax.random.bernoulli(key, 0.5, batch["x"].shape)
+        return params * 0.0, {"keep": keep}
+
+    batch = {"x": jnp.zeros((8, 16))}
+    key = jax.random.key(0)
+    (_, extras), _ = accumulate_gradients(drawn, jnp.float32(1.0), batch, key, 2)
+    assert np.any(extras["keep"][0::2] != extras["keep"][1::2])
