@@ -31,7 +31,7 @@ def small():
         cfg,
         pretrain=replace(cfg.pretrain, num_steps=3, eval_batches=10**6),
         reward_model=replace(cfg.reward_model, num_centering=5, batch_size=4),
-        evaluate=replace(cfg.evaluate, num_samples=2, num_prompts=10),
+        evaluate=replace(cfg.evaluate, num_samples=2, num_prompts=10, batch_size=4),
     )
 
 
@@ -266,6 +266,12 @@ def test_evaluation_scores_each_text_under_its_own_prompt(ran):
     cfg, ctx = ran
     reward = model_of(ctx, "reward_model", "reward_model")
     rows = lines(ctx.run / "evaluate/samples.jsonl")
+    given = lines(ctx.run / "data/prompts/simulation_eval_test.jsonl")
+    given = list(dict.fromkeys(row["prompt"] for row in given))
+    most = cfg.evaluate.prompt_len
+    fit = [p for p in given if len(encoded(reward, p, "")[0]) <= most]
+    kept = [fit[i * len(fit) // 10] for i in range(10)]  # of all files, not the first
+    assert [row["prompt"] for row in rows] == kept
     R = cfg.evaluate.sampling.response_len
     separator = reward.format.separator
     checked = 0
