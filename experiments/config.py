@@ -7,6 +7,7 @@ from typing import Any
 from rlhf_jax.data.inputs import FilesConfig
 from rlhf_jax.data.simulation import SimulationConfig
 from rlhf_jax.data.sources import DataError
+from rlhf_jax.nn.config import TransformerConfig
 from rlhf_jax.stages.collect import CollectConfig
 from rlhf_jax.stages.common import check_seed
 from rlhf_jax.stages.evaluate import EvaluateConfig
@@ -38,6 +39,9 @@ REAL_FILES = FilesConfig(
 )
 """Alpaca demonstrations and prompts, AlpacaEval (K = 9) and UKPConvArg1 (K = 6-8)
 rankings; what is marked evaluation-only (`_test`) is read by evaluations alone."""
+
+
+_DEFAULT_MODEL = TransformerConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +136,12 @@ class InstructGPT:
                     f"{name}.num_slots takes prompts in turn on one device, and there "
                     f"are {shards} (data x fsdp); leave it out"
                 )
+        for field, instead in (
+            ("vocab_size", "the tokenizer has it: --tokenizer.vocab-size"),
+            ("document_end", "--pretrain.separate-documents says it"),
+        ):
+            if getattr(self.pretrain.model, field) != getattr(_DEFAULT_MODEL, field):
+                raise DataError(f"pretrain.model.{field} has no effect; {instead}")
         if self.data is None:
             self._check_campaign()
         response_len = self.evaluate.sampling.response_len

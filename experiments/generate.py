@@ -17,6 +17,7 @@ import tyro
 from rlhf_jax.data.batches import prompt_batches
 from rlhf_jax.data.records import parse_prompt
 from rlhf_jax.data.sources import DataError, Prompt
+from rlhf_jax.nn.config import check_range
 from rlhf_jax.nn.sampling import Sampling, generate
 from rlhf_jax.stages.common import Model, check_seed, load_model
 from rlhf_jax.training.checkpoint import CheckpointError
@@ -38,6 +39,9 @@ class Generate:
     """The distribution responses are drawn from."""
     seed: int = 0
     """Of the samples."""
+
+    def __post_init__(self):
+        check_range(self, "[1, inf)", "num_samples")
 
 
 def main(cfg: Generate) -> None:

@@ -73,7 +73,7 @@ class Plan:
             value = getattr(self, field.name)
             if field.name == "ptx_per_episode" and value == 0:
                 continue  # PPO without the text
-            if isinstance(value, int | float) and value <= 0:
+            if isinstance(value, int | float) and not value > 0:
                 raise ValueError(f"{field.name} must be above 0, got {value}")
         parts = self.num_minibatches * self.num_microbatches
         for name, divisor in (("devices", self.devices), ("num_minibatches", parts)):

@@ -164,7 +164,8 @@ def gpu(name: str = "gpt2") -> InstructGPT:
     models than 124M recompute blocks; its own activations fit beside the cache of 512
     episodes, which the memory planner takes to be the fullest moment.
     """
-    model = dataclasses.replace(PUBLISHED_SIZES[name], dtype="bfloat16")
+    shape = {"dtype": "bfloat16", "vocab_size": TransformerConfig().vocab_size}
+    model = dataclasses.replace(PUBLISHED_SIZES[name], **shape)  # tokenizer below
     if model.num_layers > 12:
         model = dataclasses.replace(model, remat="block")
     context = min(model.max_len, 1024)

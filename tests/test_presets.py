@@ -45,6 +45,8 @@ def option(cfg: Any, path: str, value: Any) -> Any:
         ("collect.labelers_per_heldout_prompt", 0, "heldout_prompt must be at least 1"),
         ("sft.seq_len", 24, "sft.seq_len 24 leaves no room"),
         ("evaluate.num_few_shot", 6, "evaluate.num_few_shot is 6"),
+        ("pretrain.model.vocab_size", 300, "vocab_size has no effect; the tokenizer"),
+        ("pretrain.model.document_end", 7, "document_end has no effect; --pretrain.s"),
         ("collect.ranked", Path("nowhere.jsonl"), "collect.ranked: nowhere.jsonl"),
         ("ppo.eval_prompts", 0, "ppo.eval_prompts must be at least 1"),
         ("ppo_ptx.loop.eval_every", -1, "eval_every must be at least 1"),

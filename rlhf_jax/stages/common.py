@@ -103,7 +103,7 @@ def load_model(stage: StageDir, mesh: jax.sharding.Mesh, kind: Kind) -> Model:
         RunDirError, CheckpointError, DataError: naming the file that is missing,
             damaged or of another kind.
     """
-    path = stage.path / "model.json"
+    path, format_path = stage.path / "model.json", stage.path / "prompt_format.json"
     if not path.exists():
         raise RunDirError(
             f"{stage.path}: no model here; run that stage first (models are in a "
@@ -122,7 +122,11 @@ def load_model(stage: StageDir, mesh: jax.sharding.Mesh, kind: Kind) -> Model:
         like,
         state_sharding(mesh, like),
     )
-    format_path = stage.path / "prompt_format.json"
+    if not format_path.exists():
+        raise RunDirError(
+            f"{format_path}: is missing; copy that of another stage of the run, or "
+            "delete the stage's folder and run the stage again"
+        )
     return Model(
         kind=kind,
         params=load_params(stage.path / "params", like),

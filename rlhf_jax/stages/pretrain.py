@@ -204,7 +204,7 @@ def run(cfg: PretrainConfig, tokenizer_cfg: TokenizerConfig, ctx: Context) -> No
     if tokenizer_cfg.model is not None:  # known by its content, wherever it lies
         vocab_size = Tokenizer.load(tokenizer_cfg.model).vocab_size
         sources["tokenizer"] = file_hash(tokenizer_cfg.model)
-    described = dataclasses.replace(tokenizer_cfg, model=None)
+    described = dataclasses.replace(tokenizer_cfg, model=None, vocab_size=vocab_size)
     made_by = {"pretrain": cfg, "tokenizer": described, "seed": ctx.seed}
     stage.open("pretrain", made_by, sources, {})
     if stage.done:

@@ -3,14 +3,16 @@
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 import numpy as np
 
+from rlhf_jax.training.run_dir import RunDirError
 from rlhf_jax.training.step import leaf_names
 
 
@@ -49,6 +51,12 @@ class MetricsWriter:
         self._path = directory / "metrics.jsonl"
         lines = read_metrics(self._path) if first_step else []
         kept = [line for line in lines if line["step"] <= first_step]
+        if first_step and (not kept or kept[-1]["step"] < first_step):
+            print(
+                f"warning: {self._path}: lacks steps up to {first_step}, which were "
+                "done before; the report's figures will lack them too",
+                file=sys.stderr,
+            )
         partial = self._path.with_suffix(".tmp")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(partial, self._path)
@@ -67,16 +75,22 @@ class MetricsWriter:
 
     def push(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float] | None:
         """Takes the metrics of `step`; writes and returns those of the step before."""
-        written = self.flush()
+        written = self._write_pending()
         self._pending = (step, metrics)
         return written
 
     def flush(self) -> dict[str, float] | None:
-        """Waits for the pending metrics, checks them and writes them.
+        """Waits for the pending metrics, checks them and brings all to the disk.
 
         Raises:
             NonFiniteError: naming the step, the metric and the first bad leaf.
         """
+        written = self._write_pending()
+        if self._file is not None:
+            self._board.flush()
+        return written
+
+    def _write_pending(self) -> dict[str, float] | None:
         if self._pending is None:
             return None
         step, metrics = self._pending
@@ -87,12 +101,23 @@ class MetricsWriter:
         now = time.monotonic()
         values["seconds"] = now - self._last_time
         self._last_time = now
-        self._check(step, bad, values)
-        self.write(step, values)
+        self.write(step, values, bad)
         return values
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes host scalars of a step, e.g. of an evaluation."""
+    def write(
+        self, step: int, values: Mapping[str, float], bad: Sequence[bool] = ()
+    ) -> None:
+        """Writes host scalars of a step, e.g. of an evaluation.
+
+        Args:
+            step: the updates done.
+            values: by name.
+            bad: flags of the gradient's leaves that are not finite, where there is one.
+
+        Raises:
+            NonFiniteError: naming the step, the metric and the first bad leaf.
+        """
+        self._check(step, bad, values)
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -101,9 +126,11 @@ class MetricsWriter:
             summary.value.add(tag=name, simple_value=value)
         self._record(step=step, summary=summary)
 
-    def _check(self, step: int, bad: np.ndarray, values: Mapping[str, float]) -> None:
+    def _check(
+        self, step: int, bad: Sequence[bool], values: Mapping[str, float]
+    ) -> None:
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
-        leaves = [n for n, flag in zip(self._names, bad, strict=True) if flag]
+        leaves = [self._names[i] for i, flag in enumerate(bad) if flag]
         if leaves or wrong:
             first = f"the gradient of {leaves[0]}" if leaves else f"metric {wrong[0]}"
             raise NonFiniteError(
@@ -135,7 +162,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
-            raise ValueError(
+            raise RunDirError(
                 f"{path}:{number}: not JSON ({error}); remove the line to go on"
             ) from error
     return records

@@ -49,8 +49,11 @@ def lock_run(run: Path) -> TextIO:
         The open lock file; closing it gives the run free.
 
     Raises:
-        RunDirError: another process is writing the run, or it is a file.
+        RunDirError: another process is writing the run, it is a file, or Orbax would
+            take its path for a pattern.
     """
+    if "[" in str(run.resolve()):  # orbax 0.12: what it saves there cannot be read
+        raise RunDirError(f"{run.resolve()}: has a '['; give a --run without one")
     if run.is_file():
         raise RunDirError(f"{run} is a file; give a directory as --run")
     run.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.training.metrics import MetricsWriter, NonFiniteError, read_metrics
+from rlhf_jax.training.run_dir import RunDirError
 
 GRADS = {"embed": 0, "blocks": {"b": 0, "w": 0}}  # leaves: blocks.b, blocks.w, embed
 
@@ -95,7 +96,7 @@ def test_a_line_that_a_kill_cut_short_does_not_stop_the_resume(writer, tmp_path)
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not JSON.*remove"):
+    with pytest.raises(RunDirError, match=r"metrics\.jsonl:2: not JSON.*remove"):
         read_metrics(path)
 
 
@@ -131,6 +132,24 @@ def test_tensorboard_gets_the_same_numbers(writer, tmp_path):
     assert len(events) == 1
     content = events[0].read_bytes()
     assert b"loss" in content and np.float32(1.25).tobytes() in content
+
+
+def test_what_precedes_a_checkpoint_is_on_the_disk_when_a_kill_comes(writer, tmp_path):
+    out = writer()
+    out.push(1, metrics(1.25))
+    out.flush()  # as before every checkpoint
+    (events,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    assert np.float32(1.25).tobytes() in events.read_bytes()
+
+
+def test_a_held_out_metric_that_is_not_finite_stops(writer):
+    with pytest.raises(NonFiniteError, match="update 3: metric heldout/loss is not"):
+        writer().write(3, {"heldout/loss": float("nan")})
+
+
+def test_lost_lines_of_updates_that_were_done_are_told(writer, tmp_path, capsys):
+    writer(first_step=2)
+    assert "metrics.jsonl: lacks steps up to 2" in capsys.readouterr().err
 
 
 def test_a_full_disk_stops_the_step_that_could_not_be_written(writer, tmp_path):

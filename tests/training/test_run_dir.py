@@ -225,3 +225,9 @@ def test_a_run_that_is_a_file_is_refused_with_the_option_to_mend(tmp_path):
     with pytest.raises(RunDirError, match="notes.txt is a file.*--run"):
         lock_run(path)
     assert path.read_text() == "mine"
+
+
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path):
+    """What it saves there it cannot read again."""
+    with pytest.raises(RunDirError, match=r"has a '\['"):
+        lock_run(tmp_path / "lr[1e-3]")
