@@ -41,9 +41,6 @@ REAL_FILES = FilesConfig(
 rankings; what is marked evaluation-only (`_test`) is read by evaluations alone."""
 
 
-_DEFAULT_MODEL = TransformerConfig()
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InstructGPT:
     """Text to a PPO-ptx policy and a report of what each stage changed."""
@@ -136,11 +133,12 @@ class InstructGPT:
                     f"{name}.num_slots takes prompts in turn on one device, and there "
                     f"are {shards} (data x fsdp); leave it out"
                 )
+        model, default = self.pretrain.model, TransformerConfig()
         for field, instead in (
             ("vocab_size", "the tokenizer has it: --tokenizer.vocab-size"),
             ("document_end", "--pretrain.separate-documents says it"),
         ):
-            if getattr(self.pretrain.model, field) != getattr(_DEFAULT_MODEL, field):
+            if getattr(model, field) != getattr(default, field):
                 raise DataError(f"pretrain.model.{field} has no effect; {instead}")
         if self.data is None:
             self._check_campaign()

@@ -84,6 +84,11 @@ def test_a_prompt_that_is_too_long_does_not_end_the_conversation(
     assert told.out.count("\n") >= 2
 
 
+def test_no_samples_are_refused_before_the_model_is_read(tmp_path):
+    with pytest.raises(ValueError, match="num_samples must be"):
+        Generate(source=tmp_path, num_samples=0)
+
+
 def test_a_directory_without_a_model_is_named(asked, tmp_path):
     with pytest.raises(RunDirError, match="no model here"):
         main(dataclasses.replace(asked, source=tmp_path))

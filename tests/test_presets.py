@@ -222,5 +222,6 @@ def test_the_whole_run_takes_rankings_and_comparisons_split_by_split(
     inputs = Inputs(tmp_path, FilesConfig(), SimulationConfig(), run)
     ctx = Context(run, inputs, MeshConfig().make(), 0)
     cfg = dataclasses.replace(PRESETS["smoke"][1], data=tmp_path)
-    with pytest.raises(Checked if missing is None else DataError):
+    refused = pytest.raises(DataError, match="split 'valid' matches demonstrations")
+    with pytest.raises(Checked) if missing is None else refused:
         instructgpt.stages(cfg, ctx)

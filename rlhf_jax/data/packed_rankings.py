@@ -102,8 +102,7 @@ def packed_ranking_batches(
                 ranks[row, g, : len(responses)] = kept[i].record.ranks
         return PackedRankings(tokens, positions, documents, branches, last, ranks)
 
-    dropped = rankings.num_dropped
-    return Batches(make_batch, len(kept), batch_size, seed, shard, dropped)
+    return Batches(make_batch, len(kept), batch_size, seed, shard)
 
 
 def _cost(keys: int) -> float:

@@ -185,5 +185,4 @@ def ranking_batches(
             asked.prompts, asked.prompt_lengths, responses, lengths, ranks
         )
 
-    dropped = rankings.num_dropped
-    return Batches(make_batch, len(kept), batch_size, seed, shard, dropped)
+    return Batches(make_batch, len(kept), batch_size, seed, shard)

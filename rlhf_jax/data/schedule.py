@@ -36,8 +36,8 @@ class Batches(Generic[BatchT]):
 
     Attributes:
         num_examples: examples of an epoch.
-        num_dropped: examples left out because they are too long or, of rankings, have
-            no two responses that differ in rank.
+        num_dropped: examples left out because they are too long (of rankings
+            `EncodedRankings` knows).
         steps_per_epoch: steps until every example was seen, ceil(num_examples / B).
     """
 

@@ -57,7 +57,7 @@ def check_invariants(
     several = cfg.num_epochs * cfg.num_minibatches > 1
     if (
         several
-        and values["policy/entropy"] >= COLLAPSED  # else a gradient of 0 is its own
+        and values["policy/entropy"] >= COLLAPSED  # what collapsed has no gradient
         and values["policy/learning_rate"] > 0
         and values["advantages/std"] > 1e-3
     ):

@@ -105,14 +105,18 @@ class MetricsWriter:
         return values
 
     def write(
-        self, step: int, values: Mapping[str, float], bad: Sequence[bool] = ()
+        self,
+        step: int,
+        values: Mapping[str, float],
+        bad: Sequence[bool] | None = None,
     ) -> None:
         """Writes host scalars of a step, e.g. of an evaluation.
 
         Args:
             step: the updates done.
             values: by name.
-            bad: flags of the gradient's leaves that are not finite, where there is one.
+            bad: a flag for each leaf of the gradient, whether it is not finite; None
+                where there is no gradient.
 
         Raises:
             NonFiniteError: naming the step, the metric and the first bad leaf.
@@ -127,10 +131,11 @@ class MetricsWriter:
         self._record(step=step, summary=summary)
 
     def _check(
-        self, step: int, bad: Sequence[bool], values: Mapping[str, float]
+        self, step: int, bad: Sequence[bool] | None, values: Mapping[str, float]
     ) -> None:
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
-        leaves = [self._names[i] for i, flag in enumerate(bad) if flag]
+        flags = [False] * len(self._names) if bad is None else bad
+        leaves = [n for n, flag in zip(self._names, flags, strict=True) if flag]
         if leaves or wrong:
             first = f"the gradient of {leaves[0]}" if leaves else f"metric {wrong[0]}"
             raise NonFiniteError(

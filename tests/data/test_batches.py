@@ -383,7 +383,7 @@ def test_long_responses_and_rankings_without_a_pair_are_counted():
     ]
     encoded = encode_rankings(records, LETTERS, FORM, 3, 3)
     batches = ranking_batches(encoded, 2, None)
-    assert (batches.num_examples, batches.num_dropped) == (2, 4)
+    assert (batches.num_examples, encoded.num_dropped) == (2, 4)
     assert (encoded.num_tied, encoded.num_dropped_responses) == (1, 4)
     np.testing.assert_array_equal(batches(0).ranks, [[1, 2, 0], [1, 2, 3]])
     nothing = encode_rankings(records[1:5], LETTERS, FORM, 3, 3)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.data import builders, sources
+from rlhf_jax.data import builders, records, sources
 from rlhf_jax.data.inputs import FilesConfig, Inputs
 from rlhf_jax.data.simulation import SimulationConfig
 from rlhf_jax.data.simulation import campaign as simulation_campaign
@@ -319,6 +319,15 @@ def test_a_file_goes_by_its_name_and_not_by_what_that_matches(tmp_path, monkeypa
     assert {name: list(prompts) for name, prompts in found.items()} == {
         name: [Prompt(name)] for name in names
     }
+
+
+def test_the_splits_of_a_tfds_dataset_have_names_of_their_own(tmp_path, monkeypatch):
+    """Under one name the last split's numbers took the others' place."""
+    files = FilesConfig(rankings=("tfds:mine",))
+    inputs = Inputs(tmp_path, files, SimulationConfig(), tmp_path / "run")
+    monkeypatch.setattr(inputs, "read", lambda purpose, split: [])
+    found = [inputs.read_by_file("rankings", s) for s in records.SPLITS]
+    assert len({name for names in found for name in names}) == 3
 
 
 def test_an_empty_match_says_what_is_there(tmp_path):

@@ -266,6 +266,8 @@ def test_json_round_trips_and_agrees_with_the_inputs(made: Path):
     assert [c["name"] for c in report["claims"]] == [c.name for c in CLAIMS]
     assert report["models"] == evaluation_of_models()["models"]
     assert report["reward_model"] == evaluation_of_rewards()
+    for name in ("judge", "num_prompts", "num_samples", "temperature", "seed"):
+        assert report[name] == evaluation_of_models()[name]
     assert report["figures_not_drawn"] == {}
     assert report["stages_finished"] == ["ppo", "ppo_ptx"]
 

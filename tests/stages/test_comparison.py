@@ -169,6 +169,8 @@ def test_a_labeler_of_training_is_known_however_late_he_comes(monkeypatch):
 
     report = stage_rankings.evaluate_rankings(Scorer(), None, CONTEXT)  # type: ignore
     assert counted == [128, 1, 1]
+    train = report["by_file"]["train"]
+    assert (train["num_rankings"], train["num_rankings_read"]) == (128, 129)
     assert (
         "test" in report["accuracy"] and "held_out_labelers" not in report["accuracy"]
     )

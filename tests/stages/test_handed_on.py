@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -19,9 +20,10 @@ from rlhf_jax.data.inputs import Inputs
 from rlhf_jax.data.records import read_demonstrations
 from rlhf_jax.nn.transformer import forward
 from rlhf_jax.stages.common import Context, load_model
-from rlhf_jax.stages.ppo_run import make_inputs, make_state
+from rlhf_jax.stages.ppo_run import make_state
 from rlhf_jax.stages.sft import training_batches
 from rlhf_jax.training.checkpoint import Checkpoints, load_params
+from rlhf_jax.training.run_dir import RunDirError, StageDir
 
 
 def small():
@@ -225,43 +227,6 @@ def test_ppo_hands_on_the_average_and_ends_where_it_says(ran, name):
     assert not equal(model.params, last.params["policy"])
 
 
-def test_ppo_ptx_learns_from_training_text(ran):
-    cfg, ctx = ran
-    reference = model_of(ctx, "sft_rl")
-    inputs, _ = make_inputs(cfg.ppo_ptx, reference, ctx, "ppo_ptx")
-    batch = inputs(0)
-    np.testing.assert_array_equal(batch.ptx_tokens[:, 1:], batch.ptx_targets[:, :-1])
-    decode = reference.tokenizer.decode
-    texts = {
-        s: (ctx.run / f"data/corpus/simulation_{s}.txt").read_text()
-        for s in ("train", "valid")
-    }
-    found = [decode(row[5:25]).strip() for row in batch.ptx_tokens[:8]]
-    share = {s: np.mean([f in t for f in found]) for s, t in texts.items()}
-    assert share["train"] > share["valid"]
-    same, _ = make_inputs(cfg.ppo, reference, ctx, "ppo")
-    np.testing.assert_array_equal(same(0).prompts, batch.prompts)
-    other = dataclasses.replace(ctx, seed=1)
-    moved, _ = make_inputs(cfg.ppo, reference, other, "ppo")
-    assert np.any(moved(0).prompts != batch.prompts)
-
-
-def test_rankings_come_from_the_labelers_of_their_split(ran):
-    _, ctx = ran
-    folder = ctx.run / "collect"
-    rows = {
-        s: lines(folder / f"rankings_{s}.jsonl") for s in ("train", "valid", "test")
-    }
-    who = {s: {row["labeler"] for row in found} for s, found in rows.items()}
-    assert all(x.startswith("train-") for x in who["train"] | who["valid"])
-    assert all(x.startswith("held-out-") for x in who["test"])
-    assert len(who["train"]) > 3 and len(who["valid"]) > 3 and len(who["test"]) > 3
-    prompts = {s: {row["prompt"] for row in found} for s, found in rows.items()}
-    assert (
-        prompts["test"] == prompts["valid"] and not prompts["train"] & prompts["test"]
-    )
-
-
 def test_evaluation_scores_each_text_under_its_own_prompt(ran):
     cfg, ctx = ran
     reward = model_of(ctx, "reward_model", "reward_model")
@@ -290,3 +255,17 @@ def test_evaluation_scores_each_text_under_its_own_prompt(ran):
                 if name == "gpt_few_shot":
                     assert separator not in text
     assert checked == 60
+
+
+@pytest.mark.parametrize("name", ["collect", "evaluate"])
+def test_few_shot_examples_are_part_of_what_a_stage_was_made_from(ran, name):
+    _, ctx = ran
+    assert "demonstrations/train" in read(ctx.run / name / "config.json")["data"]
+
+
+def test_a_model_without_its_prompt_format_is_named(ran, tmp_path):
+    _, ctx = ran
+    shutil.copytree(ctx.run / "sft", tmp_path / "sft")
+    (tmp_path / "sft/prompt_format.json").unlink()
+    with pytest.raises(RunDirError, match=r"prompt_format\.json: is missing"):
+        load_model(StageDir(tmp_path / "sft"), ctx.mesh, "language_model")

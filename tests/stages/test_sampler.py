@@ -14,7 +14,7 @@ from meshes import some_devices
 from rlhf_jax.data import widths
 from rlhf_jax.data.records import DataError
 from rlhf_jax.stages.common import Context, Model
-from rlhf_jax.stages.sampler import Sampler
+from rlhf_jax.stages.sampler import Sampler, fitting
 
 PROMPTS = ["abcdefg", "a", "ccc", "bad", "gg", "hifa", "dcba", "e", "abcd", "i"]
 
@@ -105,6 +105,4 @@ def test_batches_of_equal_prompts_do_not_repeat_each_other(sampler):
 
 
 def test_a_prompt_as_long_as_the_limit_fits(sampler):
-    from rlhf_jax.stages.sampler import fitting
-
     assert fitting(["abc", "abcd"], sampler.model, 4) == ["abc"]  # and its ":"
