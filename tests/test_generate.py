@@ -7,6 +7,7 @@ import sys
 import jax
 import pytest
 
+from experiments import generate
 from experiments.generate import Generate, main
 from rlhf_jax.data.prompts import PromptFormat
 from rlhf_jax.data.records import DataError
@@ -92,3 +93,26 @@ def test_no_samples_are_refused_before_the_model_is_read(tmp_path):
 def test_a_directory_without_a_model_is_named(asked, tmp_path):
     with pytest.raises(RunDirError, match="no model here"):
         main(dataclasses.replace(asked, source=tmp_path))
+
+
+def test_turns_differ_and_what_did_not_end_is_marked(asked, capsys, monkeypatch):
+    seen = []
+    original = generate.jit_measure
+
+    def watched(*args, **kwargs):
+        sample = original(*args, **kwargs)
+
+        def kept(*inputs):
+            seen.append(sample(*inputs))
+            return seen[-1]
+
+        return kept
+
+    monkeypatch.setattr(generate, "jit_measure", watched)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the fox\n" * 3))
+    cfg = dataclasses.replace(asked, prompt=None, num_samples=8)
+    out = printed(cfg, capsys)
+    texts = {str(rollout.responses.tolist()) for rollout in seen}
+    assert len(texts) == 3
+    ended = sum(int(rollout.ended.sum()) for rollout in seen)
+    assert out.count(" ...\n") == 24 - ended > 0

@@ -108,26 +108,6 @@ def read_rankings(path: Path | str) -> Iterator[Ranking]:
     return _read(Path(path), parse_ranking)
 
 
-def read_comparisons(path: Path | str) -> Iterator[Ranking]:
-    """Yields `{"prompt", "chosen", "rejected"}` as rankings with K = 2, chosen first.
-
-    Optional fields: `ended`, two booleans (chosen, rejected), and `labeler`.
-
-    Raises:
-        DataError: the first bad line, by file, line and field.
-    """
-    return _read(Path(path), parse_comparison)
-
-
-def read_prompts(path: Path | str) -> Iterator[Prompt]:
-    """Yields the records `{"prompt"}` of a JSON-lines file.
-
-    Raises:
-        DataError: the first bad line, by file, line and field.
-    """
-    return _read(Path(path), parse_prompt)
-
-
 def read_file(kind: Kind, path: Path) -> Iterator[Any]:
     """Yields the records of a file of a kind; see the readers of each kind."""
     return read_corpus(path) if kind == "corpus" else _read(path, PARSERS[kind])

@@ -23,11 +23,9 @@ from rlhf_jax.data.records import (
     Prompt,
     Ranking,
     Split,
-    read_comparisons,
     read_corpus,
     read_demonstrations,
     read_file,
-    read_prompts,
     read_rankings,
 )
 from rlhf_jax.data.splits import check_below, find_files
@@ -43,10 +41,8 @@ __all__ = [
     "Split",
     "find_files",
     "load",
-    "read_comparisons",
     "read_corpus",
     "read_demonstrations",
-    "read_prompts",
     "read_rankings",
 ]
 

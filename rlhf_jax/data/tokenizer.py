@@ -57,7 +57,7 @@ class Tokenizer:
             raise DataError(
                 f"{name}: is not a whole SentencePiece model ({error}). {_NEEDED}"
             ) from error
-        self._serialized = serialized
+        self.serialized = serialized
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -74,17 +74,12 @@ class Tokenizer:
     def save(self, path: Path | str) -> None:
         """Writes the model to a file, whole or not at all."""
         with write_atomically(Path(path)) as unfinished:
-            unfinished.write_bytes(self._serialized)
-
-    @property
-    def serialized(self) -> bytes:
-        """The bytes of the model file."""
-        return self._serialized
+            unfinished.write_bytes(self.serialized)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the model; equal fingerprints give equal ids."""
-        return hashlib.sha256(self._serialized).hexdigest()
+        return hashlib.sha256(self.serialized).hexdigest()
 
     @property
     def vocab_size(self) -> int:

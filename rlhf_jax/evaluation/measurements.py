@@ -142,10 +142,7 @@ def _proxy_doubt(evaluation: Document) -> str | None:
 def _win_detail(evaluation: Document, pair: str) -> str:
     judge_name = f"Judge: {evaluation.get('judge')}."
     kind, kind_name = _score_kind(evaluation)
-    try:
-        gain = _estimate(evaluation, "differences", kind, pair)
-    except MissingInput:
-        return judge_name
+    gain = _estimate(evaluation, "differences", kind, pair)
     return (
         f"{judge_name} Difference in mean {kind_name} on the same prompts: "
         f"{format_estimate(gain)}."
@@ -200,10 +197,7 @@ def score_order(evaluation: Document, _: Document) -> Measurement:
 def reward_gain(evaluation: Document, _: Document) -> Measurement:
     """Reward of PPO minus that of SFT, beside the KL it was bought with."""
     gain = _estimate(evaluation, "differences", "reward", "ppo-sft")
-    try:
-        kl = _estimate(evaluation, "models", "ppo", "kl_to_reference")
-    except MissingInput:
-        return Measurement(gain, "Its KL to the reference was not measured.")
+    kl = _estimate(evaluation, "models", "ppo", "kl_to_reference")
     return Measurement(
         gain, f"At a KL to the reference of {format_estimate(kl)} nats per response."
     )

@@ -39,13 +39,13 @@ class Pairs:
         self.longer = np.array([r[2] for r in rows])
         self.labeler = [r[3] for r in rows]
 
-    def accuracy(self, keep: np.ndarray | None = None) -> Estimate | None:
+    def accuracy(self) -> Estimate | None:
         """Share of pairs whose better response scores higher; equal counts half."""
-        return _share(self.margin, self.prompt, keep)
+        return _share(self.margin, self.prompt)
 
     def length_baseline(self) -> Estimate | None:
         """The same for "the longer one is better"; equal lengths count half."""
-        return _share(self.longer, self.prompt, None)
+        return _share(self.longer, self.prompt)
 
     def minus_length_baseline(self) -> Estimate | None:
         """Accuracy minus the length baseline, pair by pair."""
@@ -62,7 +62,7 @@ def _numbers(items: Iterable[Hashable]) -> np.ndarray:
 
 
 def _share(
-    margin: np.ndarray, prompt: np.ndarray, keep: np.ndarray | None
+    margin: np.ndarray, prompt: np.ndarray, keep: np.ndarray | None = None
 ) -> Estimate | None:
     if keep is not None:
         margin, prompt = margin[keep], prompt[keep]

@@ -21,7 +21,6 @@ from rlhf_jax.evaluation.plotting import (
     make_panels,
     plot_curve,
     plot_points,
-    smooth,
 )
 
 POLICIES = ("ppo", "ppo_ptx")
@@ -65,28 +64,19 @@ def draw_ppo(run: RunData) -> Figure:
 def draw_frontier(run: RunData) -> Figure:
     """Score against the square root of the KL it costs, on held-out prompts.
 
-    The path is of the policy while it trains, by its rollouts where no held-out prompts
-    were looked at. A KL estimated below 0, which is noise around 0, is drawn at 0.
+    The path is of the policy while it trains. A KL estimated below 0, which is noise
+    around 0, is drawn at 0.
     """
     figure, (axis,) = make_panels(1, columns=1)
     for name in POLICIES:
         curves = run.curves.get(name, {})
-        kind, label = "heldout", "while it trains"
-        if "heldout/score" not in curves or "heldout/kl" not in curves:
-            kind, label = "objective", "rollouts"
-        if f"{kind}/score" in curves and f"{kind}/kl" in curves:
-            path = [
-                curves[f"{kind}/{y}"]
-                if kind == "heldout"
-                else smooth(curves[f"{kind}/{y}"], windows=12)
-                for y in ("kl", "score")
-            ]
+        if "heldout/score" in curves and "heldout/kl" in curves:
             axis.plot(
-                np.sqrt(np.maximum(path[0][1], 0.0)),
-                path[1][1],
+                np.sqrt(np.maximum(curves["heldout/kl"][1], 0.0)),
+                curves["heldout/score"][1],
                 color=MODEL_COLORS[name],
                 marker=".",
-                label=f"{MODEL_LABELS[name]} {label}",
+                label=f"{MODEL_LABELS[name]} while it trains",
             )
         score, kl = (
             model_estimate(run, name, key) for key in ("reward", "kl_to_reference")
@@ -107,7 +97,7 @@ def draw_frontier(run: RunData) -> Figure:
             )
     if not axis.has_data():
         raise MissingInput(
-            "neither ppo nor ppo_ptx wrote objective/score and objective/kl, and "
+            "neither ppo nor ppo_ptx wrote heldout/score and heldout/kl, and "
             f"{EVALUATION} has no KL of them"
         )
     axis.xaxis.set_major_locator(AutoLocator())

@@ -20,12 +20,11 @@ from rlhf_jax.nn.heads import lm_logits
 from rlhf_jax.nn.sampling import (
     Rollout,
     Sampling,
-    check_room,
     contract_logits,
     empty_rollout,
     sample_tokens,
 )
-from rlhf_jax.nn.transformer import Params, cast_once
+from rlhf_jax.nn.transformer import Params, cast_once, check_length
 
 Array = jax.Array
 
@@ -81,7 +80,7 @@ def generate_refilled(
     (N, P), R, B = prompts.shape, sampling.response_len, min(num_slots, len(prompts))
     if num_slots < 1:
         raise ValueError(f"num_slots must be at least 1, got {num_slots}")
-    check_room(P, R, model)
+    check_length(P + R, model)
     stem = P - 1
     params, table = cast_once(params, model)
     draws = jax.vmap(lambda t: jax.random.uniform(jax.random.fold_in(key, t), (N,)))

@@ -27,7 +27,7 @@ from rlhf_jax.nn.decoding import (
     widened,
 )
 from rlhf_jax.nn.heads import lm_logits
-from rlhf_jax.nn.transformer import Params, cast_once
+from rlhf_jax.nn.transformer import Params, cast_once, check_length
 
 Array = jax.Array
 LEAST = float(jnp.finfo(jnp.float32).min)  # below any logit at any temperature
@@ -69,15 +69,6 @@ class Rollout:
     lengths: Array  # int32 [B], tokens of each response, end-of-text included
     ended: Array  # bool [B], True where the response ends in end-of-text
     logprobs: Array  # float32 [B, R], of each token under the contract, 0 after the end
-
-
-def check_room(prompt_len: int, response_len: int, model: TransformerConfig) -> None:
-    """Raises ValueError unless prompts [B, P] with responses [B, R] fit the model."""
-    if prompt_len + response_len > model.max_len:
-        raise ValueError(
-            f"prompt_len {prompt_len} + response_len {response_len} exceeds the "
-            f"model's max_len {model.max_len}; shorten them or raise model.max_len"
-        )
 
 
 def empty_rollout(num_rows: int, response_len: int, pad_id: int) -> Rollout:
@@ -211,7 +202,7 @@ def generate(
     """
     chex.assert_rank([prompts, prompt_lengths], [2, 1])
     (B, P), R = prompts.shape, sampling.response_len
-    check_room(P, R, model)
+    check_length(P + R, model)
     stem = P - 1
     params, table = cast_once(params, model)
     layers = layers_apart(params, model)

@@ -169,7 +169,6 @@ def run(cfg: CollectConfig, ctx: Context) -> None:
         for name, parent in names.items()
     }
     check_compatible("pretrain", models["gpt_few_shot"], "sft", models["sft"])
-    counts = {}
     for split in ASKED_SPLITS:
         path = stage.path / f"to_rank_{split}.jsonl"
         if path.exists():

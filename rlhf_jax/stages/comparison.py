@@ -175,7 +175,7 @@ def sample_lines(
                 "prompt": prompt,
                 "use_case": None
                 if judge is None
-                else judge.parse_prompt(prompt).use_case,
+                else simulation.parse_prompt(prompt).use_case,
                 "responses": first,
                 "ended": {name: m["ended"][0][n] for name, m in results.items()},
                 "rewards": {name: m["rewards"][0][n] for name, m in results.items()},

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf_jax.data.batches import pad_prompts
 from rlhf_jax.data.schedule import evenly
 from rlhf_jax.data.sources import DataError
 from rlhf_jax.data.widths import fitted_width
@@ -199,22 +200,14 @@ class Measurer:
         out: list[float] = []
         num_cut = 0
         for first in range(0, len(responses), rows):
-            prompts = np.full((rows, P), tokenizer.pad_id, np.int32)
-            answers = np.full((rows, 1, R), tokenizer.pad_id, np.int32)
-            prompt_lengths = np.ones((rows,), np.int32)
-            lengths = np.zeros((rows, 1), np.int32)
-            part = range(first, min(first + rows, len(responses)))
-            for row, n in enumerate(part):
-                # a text may encode to more ids than were sampled: the rest is cut
-                response = responses[n]
-                answer = fmt.encode_response(tokenizer, response.text, response.ended)
-                num_cut += len(answer) > R
-                answer = answer[:R]
-                prompts[row, : len(given[n])] = given[n]
-                prompt_lengths[row] = len(given[n])
-                answers[row, 0, : len(answer)] = answer
-                lengths[row, 0] = len(answer)
-            batch = (prompts, prompt_lengths, answers, lengths)
+            part = responses[first : first + rows]
+            # a text may encode to more ids than were sampled: the rest is cut
+            ids = [fmt.encode_response(tokenizer, r.text, r.ended) for r in part]
+            num_cut += sum(len(answer) > R for answer in ids)
+            asked = pad_prompts(given[first : first + rows], rows, P, tokenizer.pad_id)
+            said = pad_prompts([x[:R] for x in ids], rows, R, tokenizer.pad_id)
+            batch = (asked.prompts, asked.prompt_lengths)
+            batch += (said.prompts[:, None], said.prompt_lengths[:, None])
             batch = shard_whole_batch(self._ctx.mesh, batch)
             scores = np.asarray(self._scores(self._reward.params, *batch))
             out += scores[: len(part), 0].tolist()

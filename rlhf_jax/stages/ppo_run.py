@@ -198,7 +198,6 @@ def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
         mesh=replicas(ctx.mesh),
     )
     compiled = jit_step(update, ctx.mesh, sharding)
-    grads_like = {"policy": state.params["policy"], "value": state.params["value"]}
 
     def check(update: int, values: dict[str, float]) -> None:
         model = reference.cfg
@@ -214,7 +213,6 @@ def run(cfg: PPOConfig, ctx: Context, name: str = "ppo") -> None:
         batches=inputs,
         num_steps=cfg.num_iterations,
         mesh=ctx.mesh,
-        grads_like=grads_like,
         cfg=cfg.loop,
         evaluate=make_evaluate(cfg, reference, reward, ctx, name),
         check=check,

@@ -246,7 +246,6 @@ def run(cfg: PretrainConfig, tokenizer_cfg: TokenizerConfig, ctx: Context) -> No
         batches=batches,
         num_steps=cfg.num_steps,
         mesh=ctx.mesh,
-        grads_like=state.params,
         cfg=cfg.loop,
         evaluate=lambda state, _: {"heldout/loss": heldout_loss(state.params)},
         profile=ctx.profile,

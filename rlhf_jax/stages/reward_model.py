@@ -275,7 +275,6 @@ def run(cfg: RewardModelConfig, ctx: Context) -> None:
         ),
         num_steps=num_steps,
         mesh=ctx.mesh,
-        grads_like=state.params,
         cfg=cfg.loop,
         evaluate=evaluate,
         show=("loss", "accuracy"),

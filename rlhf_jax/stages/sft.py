@@ -249,7 +249,6 @@ def run(cfg: SFTConfig, ctx: Context, name: str = "sft") -> None:
         batches=read,
         num_steps=num_steps,
         mesh=ctx.mesh,
-        grads_like=state.params,
         cfg=LoopConfig(
             checkpoint_every=cfg.checkpoint_every, eval_every=train.steps_per_epoch
         ),

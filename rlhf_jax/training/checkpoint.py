@@ -117,18 +117,17 @@ class Checkpoints:
     A save is atomic: it appears under its step number only when it is whole.
     """
 
-    def __init__(self, directory: Path, keep: int = 2):
+    def __init__(self, directory: Path):
         """Opens or makes the folder.
 
         Args:
             directory: of the stage.
-            keep: newest checkpoints to keep.
         """
         import orbax.checkpoint as ocp
 
         self.path = directory.resolve() / "checkpoints"
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            max_to_keep=2,
             enable_async_checkpointing=True,
             step_prefix="step",
         )

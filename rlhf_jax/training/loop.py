@@ -55,7 +55,6 @@ def run_loop(
     batches: Callable[[int], Any],
     num_steps: int,
     mesh: jax.sharding.Mesh,
-    grads_like: Any,
     cfg: LoopConfig,
     evaluate: Callable[[Any, int], dict[str, float]] | None = None,
     check: Callable[[int, dict[str, float]], None] | None = None,
@@ -74,7 +73,6 @@ def run_loop(
         batches: step -> this process's rows as NumPy arrays, pure.
         num_steps: updates in all.
         mesh: where batches go.
-        grads_like: names the leaves of the `nonfinite` metric.
         cfg: how often to save and evaluate.
         evaluate: `(state, step) -> host scalars`, at step 0, every `eval_every`, and at
             the end.
@@ -114,7 +112,7 @@ def run_loop(
         first, state = restored
         print(f"{name}: going on from step {first}", file=sys.stderr)
     try:
-        writer = MetricsWriter(directory, first, grads_like)
+        writer = MetricsWriter(directory, first, state.params)
     except OSError:
         checkpoints.close()
         raise

@@ -196,11 +196,6 @@ def pad_rows(batch: Any, multiple: int) -> Any:
     return padded
 
 
-def place(sharding: Any, tree: Any) -> Any:
-    """Moves a pytree of host or device arrays to the given shardings."""
-    return jax.tree.map(jax.device_put, tree, sharding)
-
-
 def jit_step(step: Callable, mesh: Mesh, sharding: Any) -> Callable:
     """Compiles `(state, batch, *rest) -> (state, metrics)`; the old state is donated.
 

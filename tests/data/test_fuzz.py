@@ -5,6 +5,7 @@ second reading, by the JSON library alone, finds in the file: nothing is dropped
 nothing made up. What it refuses must be named by file and line.
 """
 
+import functools
 import gzip
 import json
 import pickle
@@ -25,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 READERS = {
     "demonstrations": records.read_demonstrations,
     "rankings": records.read_rankings,
-    "comparisons": records.read_comparisons,
-    "prompts": records.read_prompts,
+    "comparisons": functools.partial(records.read_file, "comparisons"),
+    "prompts": functools.partial(records.read_file, "prompts"),
 }
 LINES = {
     "demonstrations": [
@@ -159,7 +160,7 @@ def test_wounded_gzip_is_refused_or_whole(wounds, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "wounded.jsonl.gz"
     path.write_bytes(wounded(gzip.compress(whole, mtime=0), wounds))
     try:
-        found = list(records.read_prompts(path))
+        found = list(records.read_file("prompts", path))
     except DataError as error:
         assert str(error).startswith(f"{path}:")
         return
@@ -175,10 +176,10 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(
     bomb = tmp_path / "bomb.jsonl.gz"
     bomb.write_bytes(gzip.compress(b'{"prompt": "a"}\n' + b"x" * 10**6))
     with pytest.raises(DataError, match="bomb.jsonl.gz:2: the line has more than 1000"):
-        list(records.read_prompts(bomb))
+        list(records.read_file("prompts", bomb))
     fine = tmp_path / "fine.jsonl"
     fine.write_text(json.dumps({"prompt": "y" * 980}) + "\n")
-    assert len(list(records.read_prompts(fine))) == 1
+    assert len(list(records.read_file("prompts", fine))) == 1
 
 
 # ------------------------------------------------- files that strangers have made

@@ -1,5 +1,6 @@
 """Every field of every kind of line is checked, and the message says where and what."""
 
+import functools
 import gzip
 import json
 
@@ -11,8 +12,8 @@ from rlhf_jax.data.records import DataError, Demonstration, Prompt, Ranking
 READERS = {
     "demonstrations": records.read_demonstrations,
     "rankings": records.read_rankings,
-    "comparisons": records.read_comparisons,
-    "prompts": records.read_prompts,
+    "comparisons": functools.partial(records.read_file, "comparisons"),
+    "prompts": functools.partial(records.read_file, "prompts"),
 }
 GOOD = {
     "demonstrations": {"prompt": "Say hi", "response": "hi"},
@@ -153,7 +154,7 @@ def test_a_comparison_is_a_ranking_of_two_with_the_chosen_first(tmp_path):
     path = tmp_path / "good.jsonl"
     path.write_text(changed("comparisons", labeler="bo"))
     expected = Ranking("Say hi", ("hi", ""), (1, 2), (True, True), "bo")
-    assert list(records.read_comparisons(path)) == [expected]
+    assert list(records.read_file("comparisons", path)) == [expected]
 
 
 def test_text_keeps_every_character(tmp_path):
@@ -163,7 +164,7 @@ def test_text_keeps_every_character(tmp_path):
         line = json.dumps({"prompt": text, "response": text}, ensure_ascii=ascii_only)
         path.write_bytes((line + "\r\n").encode())
         assert list(records.read_demonstrations(path)) == [Demonstration(text, text)]
-        assert list(records.read_prompts(path)) == [Prompt(text)]
+        assert list(records.read_file("prompts", path)) == [Prompt(text)]
 
 
 def test_corpus_documents_are_separated_by_the_line(tmp_path):

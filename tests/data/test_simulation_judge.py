@@ -199,7 +199,6 @@ def test_rudeness_and_missing_ends_cost() -> None:
     polite = JUDGE.gold_score(COLOUR, "It is red.")
     rude = "It is red. Shut up, fool."
     assert JUDGE.judge(COLOUR, rude).inappropriate
-    assert not JUDGE.judge(COLOUR, rude).polite
     assert JUDGE.gold_score(COLOUR, rude) == pytest.approx(polite - 1.0)
     assert JUDGE.gold_score(COLOUR, "It is red.", ended=False) < polite
 

@@ -11,7 +11,11 @@ import pytest
 
 import rlhf_jax.evaluation.report
 from rlhf_jax.evaluation.claims import CLAIMS
-from rlhf_jax.evaluation.figures import FIGURES
+from rlhf_jax.evaluation.figures import (
+    FIGURES,
+    draw_reward_accuracy,
+    draw_win_rates,
+)
 from rlhf_jax.evaluation.measurements import RunData
 from rlhf_jax.evaluation.plotting import smooth
 from rlhf_jax.evaluation.report import (
@@ -21,6 +25,7 @@ from rlhf_jax.evaluation.report import (
     write_report,
 )
 from rlhf_jax.evaluation.report_text import _first_to_last, _outcomes
+from rlhf_jax.evaluation.reward_model_section import reward_model_section
 from rlhf_jax.evaluation.training_figures import draw_frontier
 
 METADATA = (
@@ -424,3 +429,21 @@ def test_numbers_of_the_report_are_what_their_columns_say():
     figure = draw_frontier(RunData({}, {}, {"ppo": curves}))
     (line,) = figure.axes[0].lines
     assert line.get_xdata().tolist() == [0.0, 2.0, 3.0]
+
+
+def test_reward_model_table_and_figures_show_each_number_where_it_belongs():
+    reward = {
+        "accuracy": {"held_out_prompts": rate(0.71), "held_out_labelers": rate(0.72)},
+        "length_baseline": {"held_out_prompts": rate(0.53)},
+        "agreement": {"train_labelers": rate(0.74), "held_out_labelers": rate(0.75)},
+    }
+    rows = reward_model_section(reward).splitlines()
+    row = next(x for x in rows if x.startswith("| held-out prompts"))
+    for share, cell in zip(("71.0", "53.0", "74.0"), row.split("|")[2:5], strict=True):
+        assert f"{share} %" in cell
+    axis = draw_reward_accuracy(RunData({}, reward, {})).axes[0]
+    drawn = {c.get_label(): c.lines[0].get_ydata().tolist() for c in axis.containers}
+    assert drawn["labelers among themselves"] == [0.74, 0.75]
+    models = {x: {"win_rate_vs_sft": rate(y)} for x, y in (("sft", 0.5), ("ppo", 0.8))}
+    axis = draw_win_rates(RunData({"models": models}, {}, {})).axes[0]
+    assert [bar.get_height() for bar in axis.patches] == [0.8]

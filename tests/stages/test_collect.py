@@ -396,3 +396,18 @@ def test_comparisons_are_rankings_of_two(tmp_path, monkeypatch):
     found = read_rankings(ctx, "train")
     assert set(found) == {"rankings/x_train.jsonl", "comparisons/y_train.jsonl"}
     assert found["comparisons/y_train.jsonl"][0].ranks == (1, 2)
+
+
+def test_demonstrations_to_rank_are_by_labelers_of_training(tmp_path, monkeypatch):
+    write_campaign(SimulationConfig(num_documents=1, num_valid_documents=1), tmp_path)
+    seen = []
+
+    def demonstrate(self, prompt, rng):
+        seen.append(self.name)
+        return "x"
+
+    monkeypatch.setattr(collect.simulation.Labeler, "demonstrate", demonstrate)
+    inputs = types.SimpleNamespace(simulated=True, root=tmp_path)
+    ctx = Context(tmp_path, inputs, None, 0)  # type: ignore[arg-type]
+    assert collect._demonstrations(ctx, ["p"] * 60, "train") == ["x"] * 60
+    assert len(set(seen)) == 6 and all(name.startswith("train-") for name in seen)

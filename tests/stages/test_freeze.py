@@ -11,7 +11,7 @@ from meshes import by_sizes, some_devices
 
 from rlhf_jax.stages.experience import make_experience
 from rlhf_jax.stages.ppo_state import freeze, on_device
-from rlhf_jax.training.mesh import jit_step, place, shard_batch, state_sharding
+from rlhf_jax.training.mesh import jit_step, shard_batch, state_sharding
 
 LOW = dataclasses.replace(case.MODEL, dtype="bfloat16")
 OFFLOADED = dataclasses.replace(case.CONFIG, offload_frozen=True)
@@ -20,7 +20,7 @@ OFFLOADED = dataclasses.replace(case.CONFIG, offload_frozen=True)
 def frozen(cfg, model=case.MODEL, mesh=None):
     given = case.frozen()
     if mesh is not None:
-        given = place(state_sharding(mesh, given), given)
+        given = jax.device_put(given, state_sharding(mesh, given))
     shapes = {"model": model, "reward_cfg": model}
     return freeze(given.reference, given.reward_model, cfg=cfg, **shapes)
 
@@ -63,7 +63,7 @@ def test_an_iteration_with_models_in_the_hosts_memory_is_the_same(shape):
         assert kinds(models) == {"pinned_host" if cfg.offload_frozen else "device"}
         state = case.fresh_state(cfg)
         sharding = state_sharding(mesh, state)
-        state = place(sharding, jax.tree.map(jnp.copy, state))
+        state = jax.device_put(jax.tree.map(jnp.copy, state), sharding)
         inputs = shard_batch(mesh, case.make_inputs(cfg))
         step = jit_step(case.update(cfg), mesh, sharding)
         state, metrics = step(state, inputs, models, cfg.scalars())

@@ -18,11 +18,15 @@ from experiments.instructgpt import stages
 from experiments.presets import smoke
 from rlhf_jax.data.inputs import Inputs
 from rlhf_jax.data.records import read_demonstrations
+from rlhf_jax.nn.heads import init_scalar_head, scalar_head
 from rlhf_jax.nn.transformer import forward
 from rlhf_jax.stages.common import Context, load_model
 from rlhf_jax.stages.ppo_run import make_state
+from rlhf_jax.stages.pretrain import corpus_batches
+from rlhf_jax.stages.sampler import Sampler
 from rlhf_jax.stages.sft import training_batches
 from rlhf_jax.training.checkpoint import Checkpoints, load_params
+from rlhf_jax.training.optimizers import learning_rate
 from rlhf_jax.training.run_dir import RunDirError, StageDir
 
 
@@ -269,3 +273,82 @@ def test_a_model_without_its_prompt_format_is_named(ran, tmp_path):
     (tmp_path / "sft/prompt_format.json").unlink()
     with pytest.raises(RunDirError, match=r"prompt_format\.json: is missing"):
         load_model(StageDir(tmp_path / "sft"), ctx.mesh, "language_model")
+
+
+def logged(ctx, stage, name):
+    """Step -> a metric, as far as it was written."""
+    rows = lines(ctx.run / stage / "metrics.jsonl")
+    return {row["step"]: row[name] for row in rows if name in row}
+
+
+def text_losses(ctx, name, length, rows, most):
+    """Nats per token of `most` batches of held-out text, by the model of a stage."""
+    model = model_of(ctx, name)
+    batches = corpus_batches(ctx, model.tokenizer, "valid", rows, length, None)
+    whole = max(1, batches.num_examples // rows)
+    steps = [i * whole // min(most, whole) for i in range(min(most, whole))]
+    found = []
+    for batch in map(batches, steps):
+        hidden = states_of(model.params, batch.tokens, model.cfg)
+        nll = optax.softmax_cross_entropy_with_integer_labels(
+            hidden @ model.params["embed"].T, jnp.asarray(batch.targets)
+        )
+        found.append(float(jnp.sum(nll * batch.weights)))  # which sum to 1
+    return found
+
+
+def test_the_reward_model_starts_from_sft_with_a_head_and_rates_of_its_own(ran):
+    cfg, ctx = ran
+    base, opt = model_of(ctx, cfg.reward_model.init_from), cfg.reward_model.optimizer
+    head = init_scalar_head(ctx.key("reward_model"), base.cfg.model_dim)
+    start = optax.tree.norm((base.params, head))
+    found = logged(ctx, "reward_model", "param_norm")
+    np.testing.assert_allclose(found[1], start, rtol=1e-6)
+    num_steps = read(ctx.run / "reward_model/done.json")["num_steps"]
+    for step, rate in logged(ctx, "reward_model", "learning_rate").items():
+        expected = learning_rate(jnp.int32(step - 1), opt, opt.scalars(), num_steps)
+        np.testing.assert_allclose(rate, expected, rtol=1e-5)
+
+
+def test_ppo_starts_from_the_model_it_is_compared_with(ran):
+    cfg, ctx = ran
+    start = text_losses(ctx, "sft_rl", cfg.ppo.ptx_len, 8, 16)
+    found = logged(ctx, "ppo", "heldout/pretrain_loss")[0]
+    np.testing.assert_allclose(found, np.mean(start), rtol=2e-3)
+    other = text_losses(ctx, "pretrain", cfg.ppo.ptx_len, 8, 16)
+    assert abs(np.mean(other) - found) > 10 * abs(np.mean(start) - found)
+
+
+def test_each_name_of_the_evaluation_is_the_model_it_says(ran):
+    cfg, ctx = ran
+    stages = {
+        "gpt": "pretrain",
+        "sft": "sft_selected",
+        "sft_rl": "sft_rl",
+        "ppo": "ppo",
+    }
+    for name, stage in stages.items():
+        kept = read(ctx.run / f"evaluate/models/{name}.json")
+        expected = text_losses(ctx, stage, cfg.evaluate.text_len, 8, 4)
+        np.testing.assert_allclose(kept["pretrain_losses"], expected, rtol=1e-5)
+        at_reference = np.abs(kept["kl"]).max() < 1e-4
+        assert at_reference == (name == "sft_rl")
+
+
+def test_an_epoch_is_chosen_by_the_mean_over_held_out_prompts(ran):
+    cfg, ctx = ran
+    model = model_of(ctx, "sft_selected")
+    reward = model_of(ctx, "reward_model", "reward_model")
+    sampling = cfg.evaluate.sampling
+    most = min(model.cfg.max_len, cfg.sft.seq_len) - sampling.response_len
+    demos = read_demonstrations(ctx.run / "data/demonstrations/simulation_valid.jsonl")
+    prompts = [d.prompt for d in demos if len(encoded(reward, d.prompt, "")[0]) <= most]
+    sampler = Sampler(model, sampling, most, 64, ctx)
+    responses = sampler(model.params, prompts, ctx.key("sft_selected"))
+    scores = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = np.concatenate([encoded(reward, prompt, "")[0], response.ids])
+        hidden = states_of(reward.params["transformer"], ids[None], reward.cfg)[0, -1]
+        scores.append(float(scalar_head(reward.params["head"], hidden)))
+    told = read(ctx.run / "sft_selected/done.json")["reward"]
+    np.testing.assert_allclose(told, np.mean(scores), rtol=1e-3, atol=1e-4)

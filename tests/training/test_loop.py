@@ -80,7 +80,6 @@ def loop():
             "batches": make_batch,
             "num_steps": N,
             "mesh": mesh,
-            "grads_like": state.params,
             "cfg": LoopConfig(checkpoint_every=4, eval_every=3),
         }
         return run_loop(**(arguments | changes))

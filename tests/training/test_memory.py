@@ -585,6 +585,12 @@ def planned(**changes) -> dict[str, float]:
     return dict(zip([*names.split(), "hours"], map(float, cells), strict=True))
 
 
+def test_hours_of_a_plan_are_its_operations_at_the_rate_given():
+    plan, rate, petaflop_s_day = planned(devices=64), 1e9, 1e15 * 86400
+    operations = plan["hours"] * 3600 * rate * 64
+    assert operations == pytest.approx(plan["all"] * petaflop_s_day, rel=1e-3)
+
+
 def test_devices_without_a_row_of_a_minibatch_wait():
     """Its 64 rows are those of 64 devices; of 128 half have none."""
     at = {devices: planned(devices=devices) for devices in (32, 64, 128)}

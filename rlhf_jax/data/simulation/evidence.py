@@ -21,7 +21,6 @@ class Reading:
     fragments: list[tuple[str, str]]
     acts: set[str]
     unknowns: list[tuple[str | None, str | None]]
-    num_sentences: int
 
 
 # The claims of a passage; None stands for the world.
@@ -38,7 +37,6 @@ def read(response: str, sentences: tuple[Sentence, ...]) -> Reading:
         fragments=list(dict.fromkeys(f for s in sentences for f in s.fragments)),
         acts=set().union(*(s.acts for s in sentences)),
         unknowns=[u for s in sentences for u in s.unknowns],
-        num_sentences=len(sentences),
     )
 
 

@@ -52,13 +52,11 @@ class Judgement:
     """What is the case about one response.
 
     Attributes:
-        use_case: of the prompt, a key of `tasks.USE_CASES`.
         attempts: it does what the prompt asks for, well or badly.
         quality: in [0, 1], the part of what was asked that is there and right.
         constraints_met: every explicit constraint is met; None if there is none.
         claims_true: how many of its claims are true.
         claims_false: how many are false, or state what nobody knows.
-        admits_unknown: it says that it does not know, or that nobody does.
         inappropriate: it is rude.
         ends: it ended by itself, within the length limit of the sampler.
         num_words: its words, punctuation not counted.
@@ -66,13 +64,11 @@ class Judgement:
         repetition: in [0, 1], the part of its content that repeats what it said.
     """
 
-    use_case: str
     attempts: bool
     quality: float
     constraints_met: bool | None
     claims_true: int
     claims_false: int
-    admits_unknown: bool
     inappropriate: bool
     ends: bool
     num_words: int
@@ -85,11 +81,6 @@ class Judgement:
         quotes, what that does not say; or it labels a text wrongly."""
         return self.claims_false > 0
 
-    @property
-    def polite(self) -> bool:
-        """It is not rude."""
-        return not self.inappropriate
-
 
 class Judge:
     """Judges responses against one world."""
@@ -99,10 +90,6 @@ class Judge:
         self.world = world
         # every response is judged for its labels and by each labeler
         self._judged = lru_cache(maxsize=2**17)(self._judge)
-
-    def parse_prompt(self, prompt: str) -> Task:
-        """What a prompt asks for; see `tasks.parse_prompt`."""
-        return parse_prompt(prompt)
 
     def judge(self, prompt: str, response: str, ended: bool = True) -> Judgement:
         """Judges one response by what it says.
@@ -131,13 +118,11 @@ class Judge:
             result.attempts and fluent >= MIN_FLUENT and not _has_request(response)
         )
         return Judgement(
-            use_case=task.use_case,
             attempts=attempts,
             quality=result.quality if attempts else 0.0,
             constraints_met=_constraints_met(task, response, sentences),
             claims_true=result.claims_true,
             claims_false=result.claims_false,
-            admits_unknown=any(s.unknowns for s in sentences),
             inappropriate=rude_words(response) > 0,
             ends=ended,
             num_words=num_words,

@@ -96,15 +96,15 @@ class OpenWriter:
     def list(self, task: Task, wishes: dict[str, str]) -> list[str]:
         category = CATEGORIES[task.slots["category"]]
         values = ENTITIES if category == "animal" else ATTRIBUTES[category].values
-        return [self._enumerate(values, self._miscount(task), "")]
+        return [self._enumerate(values, self._miscount(task))]
 
     def _miscount(self, task: Task) -> int:
         if self.happens(self.habits.wrong):
             return pick(self.rng, [n for n in (1, 2, 3) if n != task.count])
         return task.count
 
-    def _enumerate(self, values: tuple[str, ...], num: int, article: str) -> str:
-        items = [article + value for value in pick_several(self.rng, values, num)]
+    def _enumerate(self, values: tuple[str, ...], num: int) -> str:
+        items = pick_several(self.rng, values, num)
         head = ", ".join(items[:-1])
         return capitalize(f"{head} and {items[-1]}" if head else items[-1])
 
